@@ -1,0 +1,251 @@
+r"""The forward pass of a network, its cost, and the pullbacks of both.
+
+    z^l = W^l a^{l-1} + b^l,   a^l = σ_l(z^l),   a^0 = x,   l = 1..L
+    C = Σ_n c_n C_n(a^L_n, y_n) + ½ λ Σ_l ‖W^l‖²
+
+C_n is the loss of example n and c_n its weight, 1/N for a plain mean: the only place where a 1/N
+stands. With rows as examples the first line is `A @ W.T + b`; books with examples as columns write its
+transpose, Z = W A + b. Both are rules. Their pullbacks are the backward sweep of `sweep.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .activations import identity
+from .params import Params, check_params
+from .rules import RuleLike, check_rule_like
+from .sweep import add_penalty, backpropagate_errors, layer_gradients
+
+
+class NetworkResiduals(NamedTuple):
+    params: Params
+    inputs: tuple[Array, ...]  # a^0, ..., a^{L-1}
+    activations: tuple[Any, ...]  # what σ_1, ..., σ_L kept
+
+
+@dataclass(frozen=True)
+class Network:
+    """A fully connected network as a rule: (params, X) -> a^L. Made by `mlp`.
+
+    hidden: the activation of every hidden layer, or a tuple with one for each
+    output: the activation of the last layer
+    """
+
+    hidden: RuleLike | tuple[RuleLike, ...]
+    output: RuleLike
+
+    def activations(self, params: Params) -> tuple[RuleLike, ...]:
+        """σ_1, ..., σ_L for a network of as many layers as `params`."""
+        n_hidden = len(params) - 1
+        hidden = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,) * n_hidden
+        if len(hidden) != n_hidden:
+            raise ValueError(
+                f"mlp: params has {n_hidden} hidden layers, but mlp was given {len(hidden)} activations. "
+                "Give one for each hidden layer, or one rule for all; the last layer's is output=."
+            )
+        return (*hidden, self.output)
+
+    def forward(
+        self, params: Params, X: Float[Array, "*batch n_in"]
+    ) -> tuple[Float[Array, "*batch n_out"], NetworkResiduals]:
+        """a^L for a batch (N, n_0) or a single example (n_0,), and what the pullback needs."""
+        check_params("mlp", params)
+        _check_inputs(params, X)
+        A, inputs, kept = X, [], []
+        for (W, b), activation in zip(params, self.activations(params), strict=True):
+            Z = A @ W.T
+            if b is not None:
+                Z = Z + jnp.broadcast_to(b, Z.shape)
+            inputs.append(A)
+            A, residuals = activation.forward(Z)
+            kept.append(residuals)
+        return A, NetworkResiduals(params, tuple(inputs), tuple(kept))
+
+    def pullback(
+        self, residuals: NetworkResiduals, A_bar: Float[Array, "*batch n_out"]
+    ) -> tuple[Params, Float[Array, "*batch n_in"]]:
+        """∂C/∂params and ∂C/∂X from ā^L: the errors (BP1, BP2), then the gradients (BP3, BP4)."""
+        params, inputs, kept = residuals
+        errors = backpropagate_errors(self.activations(params), params, kept, A_bar)
+        params_bar = layer_gradients(inputs, errors, [layer.b is not None for layer in params])
+        return params_bar, errors[0] @ params[0].W
+
+    def __call__(self, params: Params, X: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        return self.forward(params, X)[0]
+
+
+def mlp(activation: RuleLike | Sequence[RuleLike], output: RuleLike = identity) -> Network:
+    """A fully connected network: a rule (params, X) -> a^L for `params` of any depth and widths.
+
+    activation: one rule for all hidden layers, or a sequence with one for each; [] for a single layer
+    output: the activation of the last layer; the identity gives logits, as the stable losses take
+
+    Equal arguments give equal networks, so a network may be static under `jax.jit`.
+
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> net = fnn.mlp([fnn.tanh, fnn.relu], output=fnn.softmax)
+    >>> params = fnn.init(jax.random.key(0), (4, 8, 6, 3))
+    >>> net(params, jnp.ones((5, 4))).shape
+    (5, 3)
+    >>> net(params, jnp.ones(4)).shape
+    (3,)
+    """
+    if isinstance(activation, Sequence) and not isinstance(activation, str):
+        for l, rule in enumerate(activation, start=1):
+            check_rule_like(f"mlp: the activation of layer {l}", rule)
+        hidden = tuple(activation)
+    else:
+        check_rule_like("mlp: the activation", activation)
+        hidden = activation
+    check_rule_like("mlp: the output activation", output)
+    return Network(hidden, output)
+
+
+class CostResiduals(NamedTuple):
+    network: Any
+    loss: Any
+    losses: Array  # C_n
+    weights: Array  # c_n = ∂C/∂C_n
+    weight_slope: Array | None  # ∂C/∂w_n, None without sample weights
+    params: Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a network over a batch as a rule: (params, X, y[, sample_weight]) -> C. Made by `cost`."""
+
+    net: RuleLike
+    loss: RuleLike
+    l2: float | Array
+    reduction: str
+
+    def forward(
+        self, params: Any, X: Array, y: Array, sample_weight: Array | None = None
+    ) -> tuple[Float[Array, ""], CostResiduals]:
+        A, network = self.net.forward(params, X)
+        losses, loss = self.loss.forward(A, y)
+        if losses.size == 0:
+            raise ValueError(f"cost: the batch is empty, X {jnp.shape(X)}; a mean needs at least one example.")
+        if sample_weight is None:
+            # C = (1/N) Σ C_n
+            weights, weight_slope = jnp.full_like(losses, 1 / losses.size), None
+            C = jnp.mean(losses)
+        elif self.reduction == "mean":
+            # C = (1/N) Σ w_n C_n,  ∂C/∂w_n = C_n / N
+            _check_sample_weight(sample_weight, losses)
+            weights, weight_slope = sample_weight / losses.size, losses / losses.size
+            C = jnp.mean(sample_weight * losses)
+        else:
+            # C = Σ w_n C_n / Σ w_n,  ∂C/∂w_n = (C_n - C) / Σ w_n
+            _check_sample_weight(sample_weight, losses)
+            total = jnp.sum(sample_weight)
+            C = jnp.sum(sample_weight * losses) / total
+            weights, weight_slope = sample_weight / total, (losses - C) / total
+        residuals = CostResiduals(network, loss, losses, weights, weight_slope, params)
+        if self._has_penalty:
+            for W in _weights(params):
+                C = C + _as(self.l2, C) / 2 * jnp.sum(W**2)  # ½ λ ‖W^l‖²
+        return C, residuals
+
+    def pullback(self, residuals: CostResiduals, C_bar: Float[Array, ""]) -> tuple[Any, ...]:
+        """The adjoints of params, X and y, and of sample_weight if there was one."""
+        A_bar, y_bar = self.loss.pullback(residuals.loss, C_bar * residuals.weights)
+        params_bar, X_bar = self.net.pullback(residuals.network, A_bar)
+        penalty = self.penalty_gradient(residuals.params)
+        if penalty is not None:
+            params_bar = add_penalty(params_bar, tuple(C_bar * P for P in penalty))
+        if residuals.weight_slope is None:
+            return params_bar, X_bar, y_bar
+        return params_bar, X_bar, y_bar, C_bar * residuals.weight_slope
+
+    def penalty_gradient(self, params: Params) -> tuple[Array, ...] | None:
+        """λ W^l, the gradient of ½ λ Σ ‖W^l‖² for every layer; None if there is no penalty."""
+        return tuple(_as(self.l2, W) * W for W in _weights(params)) if self._has_penalty else None
+
+    @property
+    def _has_penalty(self) -> bool:
+        return isinstance(self.l2, jax.Array) or self.l2 != 0
+
+    def __call__(
+        self, params: Any, X: Array, y: Array, sample_weight: Array | None = None
+    ) -> Float[Array, ""]:
+        return self.forward(params, X, y, sample_weight)[0]
+
+
+def cost(net: RuleLike, loss: RuleLike, *, l2: float | Array = 0.0, reduction: str = "mean") -> Cost:
+    """The cost of a network over a batch: a rule (params, X, y[, sample_weight]) -> scalar.
+
+    C = mean of the losses + ½ l2 Σ_l ‖W^l‖²  (biases are not penalised)
+
+    net: made by `mlp`, or any rule (params, X) -> a
+    loss: a rule (a, y) -> one number per example
+    l2: λ ≥ 0
+    reduction: what `sample_weight` (N,) means; without one both are the plain mean
+        "mean"            (1/N) Σ w_n C_n, the default: an example of weight 2 counts as if it stood
+                          twice, but the divisor stays N, so weights need not sum to anything
+        "weighted_mean"   Σ w_n C_n / Σ w_n: only ratios of weights matter; not a number if all are 0
+
+    Shapes and dtypes are checked when called; y's values (labels out of range) by `fit`.
+
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
+    >>> cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.softmax_cross_entropy_with_integer_labels, l2=1e-4)
+    >>> cost(params, jnp.ones((4, 3)), jnp.array([0, 1, 1, 0])).shape
+    ()
+    """
+    check_rule_like("cost: the network", net)
+    check_rule_like("cost: the loss", loss)
+    if reduction not in ("mean", "weighted_mean"):
+        raise ValueError(f'cost: reduction needs to be "mean" or "weighted_mean", got {reduction!r}.')
+    if not isinstance(l2, jax.Array):  # an array may be traced: a penalty per member under vmap
+        try:
+            number = float(l2)
+        except (TypeError, ValueError):
+            number = -1.0
+        if isinstance(l2, bool) or not 0 <= number < float("inf"):
+            raise ValueError(f"cost: l2 needs to be a finite number, at least 0; got {l2!r}.")
+        l2 = number
+    return Cost(net, loss, l2, reduction)
+
+
+def _weights(params: Any) -> list[Array]:
+    check_params("cost: a penalty l2 reads W^l of every layer, so", params)
+    return [layer.W for layer in params]
+
+
+def _as(number: float | Array, like: Array) -> Array:
+    return jnp.asarray(number).astype(like.dtype)
+
+
+def _check_inputs(params: Params, X: Any) -> None:
+    n, dtype = params[0].W.shape[1], params[0].W.dtype
+    if not hasattr(X, "dtype"):
+        raise TypeError(f"mlp: X needs to be an array (N, {n}), got {type(X).__name__}; use jnp.asarray(X).")
+    if X.ndim not in (1, 2) or X.shape[-1] != n:
+        hint = "flatten each example, X.reshape(len(X), -1)" if X.ndim > 2 else "are params of another network?"
+        hint = "examples are rows; did you mean X.T?" if X.ndim == 2 and X.shape[0] == n else hint
+        raise ValueError(
+            f"mlp: X needs shape (N, {n}), or ({n},) for a single example, to fit W of layer 1 "
+            f"{params[0].W.shape}; got {X.shape}: {hint}"
+        )
+    if X.dtype != dtype:
+        raise TypeError(
+            f"mlp: X and params need the same dtype, got X {X.dtype} and params {dtype}. "
+            f"Nothing is cast in silence: use X.astype({dtype}), or params of X's dtype."
+        )
+
+
+def _check_sample_weight(sample_weight: Any, losses: Array) -> None:
+    if not hasattr(sample_weight, "dtype") or sample_weight.shape != losses.shape:
+        got = getattr(sample_weight, "shape", type(sample_weight).__name__)
+        raise ValueError(f"cost: sample_weight needs one weight per example, shape {losses.shape}; got {got}.")
+    if sample_weight.dtype != losses.dtype:
+        raise TypeError(
+            f"cost: sample_weight needs the losses' dtype {losses.dtype}, got {sample_weight.dtype}; "
+            "use sample_weight.astype."
+        )

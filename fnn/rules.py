@@ -1,0 +1,147 @@
+"""A rule: a function together with its pullback, derived by hand.
+
+A rule's forward computes the output and keeps what the way back will need; its pullback carries
+the adjoint of the output, ȳ = ∂C/∂y, back to the adjoints of the inputs. For y = f(x) the chain rule
+says
+
+    dC = ⟨ȳ, dy⟩ = ⟨ȳ, J dx⟩ = ⟨Jᵀ ȳ, dx⟩,   so   x̄ = Jᵀ ȳ,   J = ∂f/∂x.
+
+Activations, losses, networks and costs are all rules, and everything in this file serves any of them.
+
+Source: Griewank & Walther (2008), *Evaluating Derivatives*, §3.2; the pair of functions is the one
+that `jax.custom_vjp` takes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import index
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class RuleLike(Protocol):
+    """Whatever has a rule's two functions: a `Rule`, a network, a cost, or an object of yours."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Any, Any]]: ...
+
+    @property
+    def pullback(self) -> Callable[[Any, Any], tuple[Any, ...]]: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Rule:
+    """A function and its hand-derived pullback; called, it is the function.
+
+    forward:  (*primals) -> (out, residuals)
+    pullback: (residuals, out_bar) -> one adjoint per primal, a tuple; `None` for integers
+
+    Residuals are a pytree of arrays. A rule is hashable, so it may be static under `jax.jit`.
+
+    >>> import fnn
+    >>> import jax.numpy as jnp
+    >>> cube = fnn.Rule(lambda x: (x**3, x), lambda x, y_bar: (y_bar * 3 * x**2,))
+    >>> print(cube(2.0))
+    8.0
+    >>> value, slope = fnn.value_and_grad(cube)(jnp.float32(2.0))
+    >>> print(value, slope)
+    8.0 12.0
+    """
+
+    forward: Callable[..., tuple[Any, Any]]
+    pullback: Callable[[Any, Any], tuple[Any, ...]]
+
+    def __post_init__(self):
+        for name in ("forward", "pullback"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Rule: {name} needs to be a function, got {getattr(self, name)!r}.")
+        function = self.forward.func if isinstance(self.forward, partial) else self.forward
+        object.__setattr__(self, "__doc__", function.__doc__)
+
+    def __call__(self, *primals, **named):
+        return self.forward(*primals, **named)[0]
+
+    def __repr__(self):
+        """The name of the function, with its parameters: `relu`, `leaky_relu(0.01)`."""
+        function, parameters = self.forward, ""
+        if isinstance(function, partial):
+            function, parameters = function.func, f"({', '.join(map(repr, function.args))})"
+        name = getattr(function, "__name__", type(function).__name__)
+        return name.removesuffix("_forward") + parameters
+
+
+def check_rule_like(where: str, rule: Any) -> None:
+    """Raises TypeError unless `rule` has a forward and a pullback; `where` begins the message."""
+    if callable(getattr(rule, "forward", None)) and callable(getattr(rule, "pullback", None)):
+        return
+    what = f"the function {rule.__name__}" if hasattr(rule, "__name__") else repr(rule)
+    raise TypeError(
+        f"{where} needs to be a rule, a forward with its hand-derived pullback, such as fnn.relu or "
+        f"fnn.leaky_relu(0.01); got {what}. If it is a function that makes a rule, call it; "
+        "make your own with fnn.Rule(forward, pullback)."
+    )
+
+
+def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable[..., tuple[Any, Any]]:
+    """The value of a scalar rule and its gradient, by the rule's own pullback.
+
+    Called and read like `jax.value_and_grad`: the gradient is with respect to argument number
+    `argnums`, or a tuple of gradients if `argnums` is a sequence. The pullback starts from ∂C/∂C = 1.
+
+    Raises TypeError if the rule's value is no scalar, or if an argument has no gradient (integers).
+
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
+    >>> cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
+    >>> X, y = jnp.ones((4, 3)), jnp.zeros((4, 2))
+    >>> value, (gradient, X_bar) = fnn.value_and_grad(cost, argnums=(0, 1))(params, X, y)
+    >>> gradient[1].W.shape, X_bar.shape
+    ((2, 5), (4, 3))
+    """
+    check_rule_like("value_and_grad: the function", rule)
+    several = not hasattr(argnums, "__index__")
+    positions = tuple(index(i) for i in argnums) if isinstance(argnums, Sequence) else (index(argnums),)
+
+    def value_and_gradient(*primals, **named):
+        value, residuals = rule.forward(*primals, **named)
+        if jnp.shape(value) != ():
+            raise TypeError(
+                f"value_and_grad: {rule!r} needs to return a scalar, got shape {jnp.shape(value)}. "
+                "Make a cost of it with fnn.cost, or start from a cotangent of your own with rule.pullback."
+            )
+        adjoints = rule.pullback(residuals, jnp.ones_like(value))
+        gradients = []
+        for i in positions:
+            if not -len(adjoints) <= i < len(adjoints):
+                raise ValueError(f"value_and_grad: argnums={i}, but {rule!r} has {len(adjoints)} arguments.")
+            if adjoints[i] is None:
+                raise TypeError(
+                    f"value_and_grad: argument {i} of {rule!r} has no gradient: it holds integers. "
+                    "Differentiate with respect to another, or pass floats."
+                )
+            gradients.append(adjoints[i])
+        return value, tuple(gradients) if several else gradients[0]
+
+    return value_and_gradient
+
+
+def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
+    """The rule as a plain JAX function, which `jax.grad` differentiates by the rule's own pullback.
+
+    Use it inside other people's JAX code. Arguments are positional.
+
+    >>> import fnn, jax
+    >>> print(jax.grad(fnn.as_custom_vjp(fnn.softplus))(0.0))
+    0.5
+    """
+    check_rule_like("as_custom_vjp: the rule", rule)
+
+    def function(*primals):
+        return rule.forward(*primals)[0]
+
+    custom = jax.custom_vjp(function)
+    custom.defvjp(rule.forward, rule.pullback)
+    return custom

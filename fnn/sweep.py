@@ -1,0 +1,136 @@
+r"""One backward sweep: the inputs a^{l-1} and errors δ^l of every layer, and what follows from them.
+
+Layer l computes z^l = W^l a^{l-1} + b^l and a^l = σ_l(z^l). Its error is δ^l = ∂C/∂z^l. The four
+equations of backpropagation (Nielsen 2015, ch. 2, eq. BP1–BP4), with σ′ the Jacobian ∂a/∂z, which is
+diagonal, δ ⊙ σ′(z), for all activations but softmax:
+
+    BP1   δ^L = σ_L′(z^L)ᵀ ∂C/∂a^L
+    BP2   δ^l = σ_l′(z^l)ᵀ (W^{l+1})ᵀ δ^{l+1}
+    BP3   ∂C/∂b^l = δ^l
+    BP4   ∂C/∂W^l = δ^l (a^{l-1})ᵀ
+
+They are `backpropagate_errors` (BP1, BP2) and `layer_gradients` (BP3, BP4, summed over the batch).
+
+Derivation. dC = ⟨ā, da⟩ with ā = ∂C/∂a^l and da = σ′ dz, so dC = ⟨σ′ᵀ ā, dz⟩: δ^l = σ_l′ᵀ ā^l, which is
+BP1 for l = L. Then dz = dW a + W da + db with a = a^{l-1}, so dC = ⟨δ aᵀ, dW⟩ + ⟨Wᵀ δ, da⟩ + ⟨δ, db⟩:
+BP4, ā^{l-1} = (W^l)ᵀ δ^l and with it BP2, and BP3.
+
+Examples are rows: δ^l is (N, n_l), so (Wᵀ δ_n for every n) is `delta @ W`, and Σ_n δ_n a_nᵀ is
+`delta.T @ A`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .params import Layer, Params
+from .rules import RuleLike
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sweep:
+    """What one forward and one backward pass know of every example.
+
+    losses:  (N,) C_n, one per example
+    inputs:  a^0, ..., a^{L-1}, each (N, n_{l-1})
+    errors:  δ^1, ..., δ^L, each (N, n_l), ∂C_n/∂z^l_n: of the example's own loss, without the 1/N of
+             the mean, its sample weight or the penalty
+    weights: (N,) c_n = ∂C/∂C_n, so 1/N for a plain mean
+    penalty: the penalty's gradient with respect to W^1, ..., W^L, or None where there is no penalty
+    has_bias: for every layer, whether it has one
+
+    For a single example (n,) the batch axis is absent everywhere.
+    """
+
+    losses: Float[Array, "*batch"]
+    inputs: tuple[Float[Array, "*batch _"], ...]
+    errors: tuple[Float[Array, "*batch _"], ...]
+    weights: Float[Array, "*batch"]
+    penalty: tuple[Float[Array, "_ _"], ...] | None
+    has_bias: tuple[bool, ...] = field(metadata={"static": True})
+
+
+def backprop(cost: Any, params: Params, X: Array, y: Array, sample_weight: Array | None = None) -> Sweep:
+    """The sweep of a cost made by `fnn.cost` over a batch: every a^{l-1} and δ^l, one row per example.
+
+    X: (N, n_0), or (n_0,) for a single example; y and sample_weight as for the cost
+
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
+    >>> cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
+    >>> sweep = fnn.backprop(cost, params, jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> [a.shape for a in sweep.inputs], [delta.shape for delta in sweep.errors]
+    ([(4, 3), (4, 5)], [(4, 5), (4, 2)])
+    """
+    if not all(hasattr(cost, part) for part in ("net", "loss", "penalty_gradient")):
+        raise TypeError(
+            f"backprop: cost needs to be made by fnn.cost, got {cost!r}. "
+            "For any other rule call its forward and pullback."
+        )
+    _, residuals = cost.forward(params, X, y, sample_weight)
+    losses = residuals.losses
+    # The error of an example's own loss: its adjoint starts from ∂C_n/∂C_n = 1.
+    A_bar, *_ = cost.loss.pullback(residuals.loss, jnp.ones_like(losses))
+    network = residuals.network
+    return Sweep(
+        losses=losses,
+        inputs=network.inputs,
+        errors=backpropagate_errors(cost.net.activations(params), params, network.activations, A_bar),
+        weights=residuals.weights,
+        penalty=cost.penalty_gradient(params),
+        has_bias=tuple(layer.b is not None for layer in params),
+    )
+
+
+def gradient(sweep: Sweep) -> Params:
+    """The gradient of the sweep's cost: ∂C/∂W^l = Σ_n c_n δ^l_n (a^{l-1}_n)ᵀ + the penalty's, and for b.
+
+    Equal to `fnn.value_and_grad(cost)` up to rounding: c_n multiplies δ here, the loss's adjoint there.
+
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
+    >>> cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
+    >>> sweep = fnn.backprop(cost, params, jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> jax.tree.map(jnp.shape, fnn.gradient(sweep)[0])
+    Layer(W=(5, 3), b=(5,))
+    """
+    errors = tuple(sweep.weights[..., None] * delta for delta in sweep.errors)
+    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias)
+    return add_penalty(layers, sweep.penalty)
+
+
+def backpropagate_errors(
+    activations: Sequence[RuleLike], params: Params, residuals: Sequence[Any], A_bar: Float[Array, "*batch n"]
+) -> tuple[Float[Array, "*batch _"], ...]:
+    """δ^1, ..., δ^L from ā^L = ∂C/∂a^L and what every activation kept on the way forward (BP1, BP2)."""
+    (delta,) = activations[-1].pullback(residuals[-1], A_bar)  # BP1
+    errors = [delta]
+    for l in reversed(range(len(params) - 1)):
+        (delta,) = activations[l].pullback(residuals[l], delta @ params[l + 1].W)  # BP2
+        errors.append(delta)
+    return tuple(reversed(errors))
+
+
+def layer_gradients(
+    inputs: Sequence[Float[Array, "*batch _"]],
+    errors: Sequence[Float[Array, "*batch _"]],
+    has_bias: Sequence[bool],
+) -> Params:
+    """∂C/∂b^l = Σ_n δ^l_n and ∂C/∂W^l = Σ_n δ^l_n (a^{l-1}_n)ᵀ (BP3, BP4)."""
+    layers = []
+    for A, delta, has_b in zip(inputs, errors, has_bias, strict=True):
+        A, delta = jnp.atleast_2d(A), jnp.atleast_2d(delta)  # a single example is a batch of one
+        layers.append(Layer(W=delta.T @ A, b=delta.sum(axis=0) if has_b else None))
+    return tuple(layers)
+
+
+def add_penalty(layers: Params, penalty: Sequence[Float[Array, "_ _"]] | None) -> Params:
+    """The gradient with the penalty's, one array per layer, added to the weights'."""
+    if penalty is None:
+        return layers
+    return tuple(layer._replace(W=layer.W + P) for layer, P in zip(layers, penalty, strict=True))
