@@ -74,7 +74,7 @@ def softmax_cross_entropy_with_integer_labels_forward(Z: Float[Array, "*batch K"
     log_p = jax.nn.log_softmax(Z, axis=-1)
     # Compared in at least 32 bits: class numbers of a uint8 array would wrap at 256.
     dtype = jnp.promote_types(y.dtype, jnp.int32)
-    is_label = jnp.arange(Z.shape[-1], dtype=dtype) == y.astype(dtype)[..., None]
+    is_label = jax.lax.broadcasted_iota(dtype, Z.shape, Z.ndim - 1) == y.astype(dtype)[..., None]
     return -jnp.sum(log_p, axis=-1, where=is_label), (log_p, is_label)
 
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 
+@runtime_checkable
 class RuleLike(Protocol):
     """Whatever has a rule's two functions: a `Rule`, a network, a cost, or an object of yours."""
 
@@ -75,7 +76,7 @@ class Rule:
 
 def check_rule_like(where: str, rule: Any) -> None:
     """Raises TypeError unless `rule` has a forward and a pullback; `where` begins the message."""
-    if callable(getattr(rule, "forward", None)) and callable(getattr(rule, "pullback", None)):
+    if isinstance(rule, RuleLike):
         return
     what = f"the function {rule.__name__}" if hasattr(rule, "__name__") else repr(rule)
     raise TypeError(

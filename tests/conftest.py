@@ -1,0 +1,28 @@
+"""Strict arithmetic and run-time shape checks for every test."""
+
+import jax
+import jaxtyping
+import pytest
+
+import tests.typechecker
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("fnn", f"{tests.typechecker.__name__}.check")
+
+
+@pytest.fixture
+def no_shape_annotations():
+    """Leaves bad input to the library's own messages, as a user meets them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def standard_promotion():
+    """optax multiplies Python floats by integer arrays (Adam's bias correction), which strict promotion
+    refuses; tests that run an optimiser use JAX's default."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

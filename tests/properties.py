@@ -1,0 +1,163 @@
+"""What must hold of every rule. Each property asserts; `test_the_tests.py` runs them on planted faults."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume
+
+from tests.strategies import INSTANCES, Case, instance, tolerance
+
+
+def assert_close(got, want, dtype, *, what: str, fan_in: int = 1):
+    """Every entry within `tolerance` of the largest reference entry; NaN and inf only where both have them."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want), err_msg=what)
+    finite = np.isfinite(want)
+    error, scale = np.abs(got - want, where=finite, out=np.zeros(got.shape)), np.abs(want[finite]).max(initial=0)
+    allowed = tolerance(dtype, fan_in) * scale
+    worst = np.unravel_index(error.argmax(), error.shape) if error.size else ()
+    assert error.max(initial=0) <= allowed, (
+        f"{what}: {got[worst]} at {worst}, expected {want[worst]}: off by {error[worst]:.3g}, allowed {allowed:.3g}"
+    )
+
+
+def split(primals):
+    """The float primals and a function that puts the others back among them."""
+    is_float = [all(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(p)) for p in primals]
+    floats = [p for p, f in zip(primals, is_float, strict=True) if f]
+
+    def merge(floats):
+        remaining = iter(floats)
+        return [next(remaining) if f else p for p, f in zip(primals, is_float, strict=True)]
+
+    return is_float, floats, merge
+
+
+class Evaluation(NamedTuple):
+    """What one compiled call gives for every instance, in float64 where a projection is taken."""
+
+    value: Any
+    called: Any  # the rule called, which is its forward
+    ours: list  # the pullback's adjoints of the float primals
+    theirs: list  # jax.vjp's
+    Jv: Any  # jax.jvp's
+
+
+@cache
+def _evaluator(rule):
+    """Compiled once for a rule and a shape."""
+
+    @jax.jit
+    @jax.vmap
+    def evaluate(primals, out_bar, v):
+        is_float, floats, merge = split(primals)
+        value, residuals = rule.forward(*primals)
+        ours = [a for a, f in zip(rule.pullback(residuals, out_bar), is_float, strict=True) if f]
+        called, vjp = jax.vjp(lambda *floats: rule(*merge(floats)), *floats)
+        _, Jv = jax.jvp(lambda *floats: rule(*merge(floats)), tuple(floats), tuple(v))
+        return Evaluation(value, called, ours, list(vjp(out_bar)), Jv)
+
+    return evaluate
+
+
+def check_contract(case: Case, primals):
+    """One adjoint per primal, of its structure, shapes and dtypes; None for integers."""
+    one = jax.tree.map(lambda leaf: leaf[0], primals)
+    adjoints = jax.eval_shape(lambda *p: case.rule.pullback(*case.rule.forward(*p)[::-1]), *one)
+    assert isinstance(adjoints, tuple) and len(adjoints) == len(one)
+    is_float, _, _ = split(one)
+    for primal, adjoint, differentiable in zip(one, adjoints, is_float, strict=True):
+        if not differentiable:
+            assert adjoint is None
+            continue
+        assert jax.tree.structure(adjoint) == jax.tree.structure(primal)
+        for a, p in zip(jax.tree.leaves(adjoint), jax.tree.leaves(primal), strict=True):
+            assert (a.shape, a.dtype) == (p.shape, p.dtype)
+
+
+def check_against_autodiff(result: Evaluation, dtype, fan_in: int):
+    """Every adjoint equals `jax.vjp`'s."""
+    np.testing.assert_array_equal(np.asarray(result.value), np.asarray(result.called), err_msg="rule(...)")
+    assert jax.tree.structure(result.ours) == jax.tree.structure(result.theirs)
+    pairs = zip(jax.tree.leaves_with_path(result.ours), jax.tree.leaves(result.theirs), strict=True)
+    for (path, a), b in pairs:
+        assert a.dtype == b.dtype
+        what = f"adjoint {jax.tree_util.keystr(path)} against jax.vjp"
+        assert_close(a, b, dtype, what=what, fan_in=fan_in)
+
+
+def check_adjointness(result: Evaluation, out_bar, v, dtype, fan_in: int):
+    """⟨ȳ, Jv⟩ = ⟨Jᵀȳ, v⟩ with Jv from forward mode, for every instance.
+
+    Projections are taken in float64 and compared in units of ‖ȳ‖‖Jv‖ + ‖Jᵀȳ‖‖v‖, the largest of the draw:
+    where a slope passes through zero, as silu's does near -1.28, nothing but rounding is left of it.
+    """
+
+    def inner(a, b):
+        total = np.zeros(INSTANCES)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            total += (np.float64(x) * np.float64(y)).reshape(INSTANCES, -1).sum(axis=1)
+        return total
+
+    def length(a):
+        return np.sqrt(inner(a, a))
+
+    defect = np.abs(inner(out_bar, result.Jv) - inner(result.ours, v))
+    size = length(out_bar) * length(result.Jv) + length(result.ours) * length(v)
+    assert defect.max() <= tolerance(dtype, fan_in) * size.max(), f"adjointness: {defect.max()} of {size.max()}"
+
+
+def check_against_formula(case: Case, primals, value, dtype, fan_in: int, instances: int):
+    """The value equals the independent formula's, evaluated on the same rounded numbers in float64."""
+    want = np.array([case.value(*instance(primals, i)) for i in range(instances)])
+    assert value.dtype == jnp.dtype(dtype)
+    assert_close(np.asarray(value)[:instances], want, dtype, what="value against the formula", fan_in=fan_in)
+
+
+def check_against_differences(case: Case, primals, ours, out_bar, v, instances: int):
+    """⟨ȳ, f(x+hv) - f(x-hv)⟩ / 2h = ⟨Jᵀȳ, v⟩ in float64, f the independent formula.
+
+    With h = 1e-5 the truncation h²f‴/6 is about 1e-10 and the rounding eps·f/h about 1e-11.
+    """
+    h, judged = 1e-5, 0
+    for i in range(instances):
+        x = instance(primals, i)
+        if not case.smooth(*x):
+            continue
+        judged += 1
+        is_float, floats, merge = split(x)
+        bars, tangents = instance(ours, i), instance(v, i)
+
+        def moved(step, floats=floats, merge=merge, tangents=tangents):
+            return np.asarray(case.value(*merge(jax.tree.map(lambda a, d: a + step * d, floats, tangents))))
+
+        change = moved(h) - moved(-h)
+        by_difference = float(np.sum(np.asarray(out_bar)[i] * change) / (2 * h))
+        pairs = list(zip(jax.tree.leaves(bars), jax.tree.leaves(tangents), strict=True))
+        by_hand = sum(float(np.sum(b * t)) for b, t in pairs)
+        size = (sum(np.sum(b**2) for b, _ in pairs) * sum(np.sum(t**2) for _, t in pairs)) ** 0.5
+        # The floor is for instances whose gradient is zero, such as a single relu below its kink.
+        assert abs(by_hand - by_difference) <= 1e-7 * (size + 1e-2), f"{by_hand=}, {by_difference=}"
+    assume(judged > 0)  # a network without biases sits on a kink whenever a layer before it is dead
+
+
+def check_rule(case: Case, size, dtype, seed: int, instances: int = INSTANCES):
+    """Every property of a rule on one draw of its arguments."""
+    rng = np.random.default_rng(seed)
+    primals = case.make(rng, size, dtype)
+    check_contract(case, primals)
+    out = jax.eval_shape(jax.vmap(case.rule), *primals)
+    out_bar = jnp.asarray(rng.standard_normal(out.shape), out.dtype)
+    _, floats, _ = split(primals)
+    v = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), floats)
+    result = _evaluator(case.rule)(primals, out_bar, v)
+    fan_in = max(leaf[0].size for leaf in jax.tree.leaves(primals))
+    check_against_formula(case, primals, result.value, dtype, fan_in, instances)
+    check_against_autodiff(result, dtype, fan_in)
+    check_adjointness(result, out_bar, v, dtype, fan_in)
+    if dtype == "float64":
+        check_against_differences(case, primals, result.ours, out_bar, v, instances)

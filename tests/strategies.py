@@ -1,0 +1,214 @@
+"""What tests draw: rules with their arguments, whole networks; and how far two numbers may differ.
+
+Every generator takes a NumPy random generator and draws many instances at once, along a first axis, so
+that one compilation serves many numbers. Sizes come from a handful.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+import tests.reference as reference
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+INSTANCES = 16  # instances for each draw, through one vmap
+SIZES = ((1, 1), (4, 3), (3, 4), (5, 5), (2, 17))  # (N, K)
+
+
+def tolerance(dtype, fan_in: int = 1) -> float:
+    """How far two right results of one computation may differ, relative to the largest entry.
+
+    50 roundings: a rule is a dozen operations, each off by at most half an eps, seen from autodiff's own
+    dozen; times √fan_in, the growth of the rounding error of a sum whose errors are independent.
+    """
+    return 50 * float(jnp.finfo(dtype).eps) * max(fan_in, 1) ** 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule and how to test it."""
+
+    rule: Any
+    make: Callable[..., tuple]  # (rng, size, dtype) -> primals, INSTANCES along the first axis
+    value: Callable[..., Any]  # the independent formula, on the primals of one instance
+    smooth: Callable[..., Any] = field(default=lambda *primals: True)  # no kink within 1e-3 of the primals
+    sizes: tuple = SIZES
+
+
+def _normal(rng, shape, dtype, away_from=None):
+    """Unit normal numbers; where there is a kink, none within 0.01 of it."""
+    numbers = rng.standard_normal((INSTANCES, *shape))
+    if away_from is not None:
+        numbers = away_from + numbers + 0.01 * np.sign(numbers)
+    return jnp.asarray(numbers, dtype)
+
+
+def _probabilities(rng, shape, dtype):
+    """Rows that sum to one, no entry below 0.02 or so: logarithms of these are ordinary numbers.
+    A single number is the probability of one of two outcomes."""
+    exps = np.exp(rng.uniform(-1, 1, (INSTANCES, *shape[:-1], max(shape[-1], 2))))
+    return jnp.asarray((exps / exps.sum(axis=-1, keepdims=True))[..., : shape[-1]], dtype)
+
+
+def _make_activation(rng, size, dtype):
+    return (_normal(rng, size, dtype, away_from=0.0),)
+
+
+def _make_regression(rng, size, dtype):
+    """Targets around the outputs, errors on both sides of Huber's knees at 0.5 and 1, off the kink at 0."""
+    Z = rng.standard_normal((INSTANCES, *size))
+    e = 0.05 + rng.uniform(0, 1.9, Z.shape)
+    return jnp.asarray(Z, dtype), jnp.asarray(Z - rng.choice([-1, 1], Z.shape) * e, dtype)
+
+
+def _make_logits(rng, size, dtype):
+    return _normal(rng, size, dtype), _probabilities(rng, size, dtype)
+
+
+def _make_probabilities(rng, size, dtype):
+    return _probabilities(rng, size, dtype), _probabilities(rng, size, dtype)
+
+
+def _make_classes(rng, size, dtype):
+    return _normal(rng, size, dtype), jnp.asarray(rng.integers(0, size[-1], (INSTANCES, size[0])), jnp.int32)
+
+
+REGRESSION = (
+    "half_squared_error",
+    "squared_error",
+    "mean_squared_error",
+    "mean_absolute_error",
+    "huber_loss(1.0)",
+    "huber_loss(0.5)",
+)
+KINKED = ("relu", "leaky_relu(0.01)", "leaky_relu(0.3)", "elu(0.7)")
+MAKE_LOSS = dict.fromkeys(REGRESSION, _make_regression) | {
+    "softmax_cross_entropy": _make_logits,
+    "sigmoid_binary_cross_entropy": _make_logits,
+    "softmax_cross_entropy_with_integer_labels": _make_classes,
+    "categorical_cross_entropy": _make_probabilities,
+    "binary_cross_entropy": _make_probabilities,
+}
+
+
+def named(fnn, name: str):
+    """The rule of that name, with its parameter, in the given copy of the package."""
+    stem, _, parameter = name.rstrip(")").partition("(")
+    rule = getattr(fnn, stem)
+    return rule(float(parameter)) if parameter else rule
+
+
+def rules(fnn) -> dict[str, Case]:
+    """The table of leaf rules; a new rule is a new row in `reference`, and one here for its arguments."""
+    table = [(name, _make_activation, reference.of_activation(name)) for name in reference.ACTIVATIONS]
+    table += [(name, MAKE_LOSS[name], reference.of_loss(name)) for name in reference.LOSSES]
+    return {
+        # The softmax of one number is the constant 1: nothing but rounding is left to compare.
+        name: Case(named(fnn, name), make, value, sizes=SIZES[1:] if name.startswith("softmax") else SIZES)
+        for name, make, value in table
+    }
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network, its cost and the size of its data: all that decides what is compiled."""
+
+    widths: tuple[int, ...] = (3, 5, 4, 2)
+    hidden: tuple[str, ...] = ("tanh", "relu")
+    output: str = "identity"
+    loss: str = "half_squared_error"
+    bias: bool = True
+    N: int = 6
+    weighted: bool = False
+    reduction: str = "mean"
+    l2: float = 0.0
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        return (*self.hidden, self.output)
+
+
+# At least two hidden layers, all widths different; one with a width of 1 in every place; a deep one.
+WIDTHS = ((3, 5, 4, 2), (1, 3, 5, 4), (4, 1, 3, 2), (5, 3, 4, 1), (2, 4, 3, 6, 5))
+
+
+@st.composite
+def architectures(draw):
+    widths = draw(st.sampled_from(WIDTHS))
+
+    def names(table, n):  # the softmax of one number is the constant 1, and every gradient behind it zero
+        return st.sampled_from([name for name in table if n > 1 or not name.startswith("softmax")])
+
+    loss = draw(names([l for l in reference.LOSSES if widths[-1] > 1 or l != "categorical_cross_entropy"], widths[-1]))
+    output = draw(names(reference.ACTIVATIONS, widths[-1]))
+    if loss == "categorical_cross_entropy":  # the losses on probabilities need an output that gives them
+        output = "softmax"
+    if loss == "binary_cross_entropy":
+        output = "sigmoid"
+    N = draw(st.sampled_from((1, 4, 7)))  # 4 is also a width: a transposed product would fit
+    # The weighted mean of one example does not depend on its weight.
+    reduction = draw(st.sampled_from(("mean", "weighted_mean"))) if N > 1 else "mean"
+    return Architecture(
+        widths=widths,
+        hidden=tuple(draw(names(reference.ACTIVATIONS, n)) for n in widths[1:-1]),
+        output=output,
+        loss=loss,
+        bias=draw(st.booleans()),
+        N=N,
+        weighted=draw(st.booleans()),
+        reduction=reduction,
+        l2=draw(st.sampled_from((0.0, 0.1))),
+    )
+
+
+def network_cost(fnn, arch: Architecture):
+    net = fnn.mlp([named(fnn, name) for name in arch.hidden], output=named(fnn, arch.output))
+    return fnn.cost(net, named(fnn, arch.loss), l2=arch.l2, reduction=arch.reduction)
+
+
+def network_case(fnn, arch: Architecture) -> Case:
+    """The cost of a network, with parameters and data drawn as its primals."""
+
+    def make(rng, size, dtype):
+        params = tuple(
+            fnn.Layer(
+                _normal(rng, (n_out, n_in), dtype) / jnp.asarray(n_in**0.5, dtype),
+                _normal(rng, (n_out,), dtype) if arch.bias else None,
+            )
+            for n_in, n_out in zip(arch.widths[:-1], arch.widths[1:], strict=True)
+        )
+        X = _normal(rng, (arch.N, arch.widths[0]), dtype)
+        _, y = MAKE_LOSS[arch.loss](rng, (arch.N, arch.widths[-1]), dtype)
+        weight = (jnp.asarray(rng.uniform(0.1, 2, (INSTANCES, arch.N)), dtype),) if arch.weighted else ()
+        return params, X, y, *weight
+
+    def value(params, X, y, *weight):
+        return reference.cost(
+            arch.activations, arch.loss, params, X, y, *weight, l2=arch.l2, reduction=arch.reduction
+        )
+
+    def smooth(params, X, y, *weight):
+        for n, (zs, a) in enumerate(reference.network(arch.activations, params, X)):
+            for name, z in zip(arch.activations, zs, strict=True):
+                if name in KINKED and min(map(abs, z)) < 1e-3:
+                    return False
+            if arch.loss == "mean_absolute_error" and np.abs(a - np.asarray(y[n])).min() < 1e-3:
+                return False
+        return True
+
+    return Case(network_cost(fnn, arch), make, value, smooth)
+
+
+def instance(primals, i: int):
+    """The i-th instance as NumPy arrays, floats in float64."""
+
+    def number(leaf):
+        one = np.asarray(leaf)[i]
+        return one if np.issubdtype(one.dtype, np.integer) else one.astype(np.float64)
+
+    return jax.tree.map(number, primals)

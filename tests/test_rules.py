@@ -1,0 +1,65 @@
+"""One property for every rule: the formula, the contract, autodiff, adjointness, differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fnn
+from tests.properties import check_rule
+from tests.strategies import DTYPES, architectures, network_case, rules
+
+RULES = rules(fnn)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
+def test_rule_is_its_formula_and_its_pullback_autodiffs(name, data, dtype, seed):
+    check_rule(RULES[name], data.draw(st.sampled_from(RULES[name].sizes)), dtype, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arch=architectures(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
+def test_cost_of_any_network_is_its_formula_and_its_pullback_autodiffs(arch, dtype, seed):
+    check_rule(network_case(fnn, arch), None, dtype, seed, instances=4)
+
+
+def test_value_and_grad_reads_like_jax():
+    cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
+    params = fnn.init(jax.random.key(0), (3, 5, 4, 2))
+    X, y = jax.random.normal(jax.random.key(1), (6, 3)), jax.random.normal(jax.random.key(2), (6, 2))
+    for argnums in (0, 1, -1, (0, 1), (2,)):
+        ours = fnn.value_and_grad(cost, argnums)(params, X, y)
+        theirs = jax.value_and_grad(cost, argnums)(params, X, y)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_value_and_grad_takes_sample_weight_by_name():
+    cost = fnn.cost(fnn.mlp([]), fnn.squared_error)
+    params, X, y = fnn.init(jax.random.key(0), (3, 2)), jnp.ones((4, 3)), jnp.zeros((4, 2))
+    w = jnp.array([0.5, 1.0, 2.0, 0.0])
+    by_name = fnn.value_and_grad(cost)(params, X, y, sample_weight=w)
+    by_place = fnn.value_and_grad(cost)(params, X, y, w)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), by_name, by_place))
+
+
+def test_rule_shows_its_name_and_its_forward_docstring():
+    assert repr(fnn.relu) == "relu" and repr(fnn.leaky_relu(0.2)) == "leaky_relu(0.2)"
+    assert "max(0, z)" in fnn.relu.__doc__
+    assert "slope·z below" in fnn.leaky_relu(0.2).__doc__
+    assert "huber_loss(1.0)" in repr(fnn.cost(fnn.mlp(fnn.relu), fnn.huber_loss(1.0)))
+
+
+def test_equal_arguments_give_equal_rules_so_that_jit_compiles_once():
+    assert fnn.leaky_relu(0.01) == fnn.leaky_relu() and fnn.elu(2) == fnn.elu(2.0)
+    assert fnn.leaky_relu(0.01) != fnn.leaky_relu(0.02)
+    first = fnn.cost(fnn.mlp([fnn.tanh, fnn.elu(0.5)]), fnn.huber_loss(2.0), l2=0.1)
+    second = fnn.cost(fnn.mlp([fnn.tanh, fnn.elu(0.5)]), fnn.huber_loss(2.0), l2=0.1)
+    assert first == second and hash(first) == hash(second)
+    assert first != fnn.cost(fnn.mlp([fnn.tanh, fnn.elu(0.5)]), fnn.huber_loss(2.0), l2=0.2)
