@@ -45,3 +45,11 @@ from .rules import value_and_grad as value_and_grad
 from .sweep import Sweep as Sweep
 from .sweep import backprop as backprop
 from .sweep import gradient as gradient
+from .train import DivergenceError as DivergenceError
+from .train import History as History
+from .train import TrainState as TrainState
+from .train import accuracy as accuracy
+from .train import fit as fit
+from .train import train_epoch as train_epoch
+from .train import train_state as train_state
+from .train import train_step as train_step

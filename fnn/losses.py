@@ -336,7 +336,9 @@ def _check_floats(name: str, Z: Array, y: Array) -> None:
             hint = "Did you mean y[:, 0], or an output for each target?"
         raise ValueError(f"{name}: z and y need equal shapes, got z {Z.shape} and y {y.shape}. {hint}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise TypeError(f"{name}: y needs to be floats, got {y.dtype}; use y.astype(z.dtype), z is {Z.dtype}.")
+        raise TypeError(
+            f"{name}: y needs to be floats as z, {Z.dtype}, got {y.dtype}; use y.astype(z.dtype)."
+        )
     if y.dtype != Z.dtype:
         raise TypeError(
             f"{name}: z and y need the same dtype, got z {Z.dtype} and y {y.dtype}; use y.astype(z.dtype)."
@@ -355,7 +357,8 @@ def _check_class_numbers(name: str, Z: Array, y: Array) -> None:
     if not hasattr(y, "dtype"):
         raise TypeError(f"{name}: y needs to be an array, got {type(y).__name__}; use jnp.asarray(y).")
     if not jnp.issubdtype(y.dtype, jnp.integer):
-        hint = "For probabilities use fnn.softmax_cross_entropy" if y.shape == Z.shape else "Use y.astype(int)"
+        probabilities = y.shape == Z.shape
+        hint = "For probabilities use fnn.softmax_cross_entropy" if probabilities else "Use y.astype(int)"
         raise TypeError(f"{name}: y needs to be integers, class numbers; got {y.dtype} {y.shape}. {hint}.")
     if y.shape != Z.shape[:-1]:
         hint = "y[:, 0]" if y.shape == (*Z.shape[:-1], 1) else "y.argmax(axis=-1), if y is one-hot"
@@ -409,5 +412,6 @@ one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
         first = tuple(int(i) for i in np.argwhere(wrong)[0])
         place = first[0] if len(first) == 1 else first
         raise ValueError(
-            f"{loss!r}: {what}; got {y[first]} at index {place} ({wrong.sum():,} of {wrong.size:,} are outside)."
+            f"{loss!r}: {what}; got {y[first]} at index {place} "
+            f"({wrong.sum():,} of {wrong.size:,} are outside)."
         )

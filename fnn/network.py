@@ -8,7 +8,6 @@ stands. With rows as examples the first line is `A @ W.T + b`; books with exampl
 transpose, Z = W A + b. Both are rules. Their pullbacks are the backward sweep of `sweep.py`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,10 +78,10 @@ class Network:
         return self.forward(params, X)[0]
 
 
-def mlp(activation: RuleLike | Sequence[RuleLike], output: RuleLike = identity) -> Network:
+def mlp(activation: RuleLike | list[RuleLike] | tuple[RuleLike, ...], output: RuleLike = identity) -> Network:
     """A fully connected network: a rule (params, X) -> a^L for `params` of any depth and widths.
 
-    activation: one rule for all hidden layers, or a sequence with one for each; [] for a single layer
+    activation: one rule for all hidden layers, or a list with one for each; [] for a single layer
     output: the activation of the last layer; the identity gives logits, as the stable losses take
 
     Equal arguments give equal networks, so a network may be static under `jax.jit`.
@@ -95,13 +94,9 @@ def mlp(activation: RuleLike | Sequence[RuleLike], output: RuleLike = identity) 
     >>> net(params, jnp.ones(4)).shape
     (3,)
     """
-    if isinstance(activation, Sequence) and not isinstance(activation, str):
-        for l, rule in enumerate(activation, start=1):
-            check_rule_like(f"mlp: the activation of layer {l}", rule)
-        hidden = tuple(activation)
-    else:
-        check_rule_like("mlp: the activation", activation)
-        hidden = activation
+    hidden = tuple(activation) if isinstance(activation, list | tuple) else activation
+    for rule in hidden if isinstance(hidden, tuple) else (hidden,):
+        check_rule_like("mlp: an activation", rule)
     check_rule_like("mlp: the output activation", output)
     return Network(hidden, output)
 
@@ -130,7 +125,7 @@ class Cost:
         A, network = self.net.forward(params, X)
         losses, loss = self.loss.forward(A, y)
         if losses.size == 0:
-            raise ValueError(f"cost: the batch is empty, X {jnp.shape(X)}; a mean needs at least one example.")
+            raise ValueError(f"cost: the batch is empty, X {jnp.shape(X)}; it needs at least one example.")
         if sample_weight is None:
             # C = (1/N) Σ C_n
             weights, weight_slope = jnp.full_like(losses, 1 / losses.size), None
@@ -141,9 +136,10 @@ class Cost:
             weights, weight_slope = sample_weight / losses.size, losses / losses.size
             C = jnp.mean(sample_weight * losses)
         else:
-            # C = Σ w_n C_n / Σ w_n,  ∂C/∂w_n = (C_n - C) / Σ w_n
+            # C = Σ w_n C_n / Σ w_n,  ∂C/∂w_n = (C_n - C) / Σ w_n;  0 if all w_n are 0
             _check_sample_weight(sample_weight, losses)
             total = jnp.sum(sample_weight)
+            total = jnp.where(total == 0, 1, total)
             C = jnp.sum(sample_weight * losses) / total
             weights, weight_slope = sample_weight / total, (losses - C) / total
         residuals = CostResiduals(network, loss, losses, weights, weight_slope, params)
@@ -188,7 +184,7 @@ def cost(net: RuleLike, loss: RuleLike, *, l2: float | Array = 0.0, reduction: s
     reduction: what `sample_weight` (N,) means; without one both are the plain mean
         "mean"            (1/N) Σ w_n C_n, the default: an example of weight 2 counts as if it stood
                           twice, but the divisor stays N, so weights need not sum to anything
-        "weighted_mean"   Σ w_n C_n / Σ w_n: only ratios of weights matter; not a number if all are 0
+        "weighted_mean"   Σ w_n C_n / Σ w_n: only ratios of weights matter; 0 if all are 0
 
     Shapes and dtypes are checked when called; y's values (labels out of range) by `fit`.
 
@@ -227,8 +223,11 @@ def _check_inputs(params: Params, X: Any) -> None:
     if not hasattr(X, "dtype"):
         raise TypeError(f"mlp: X needs to be an array (N, {n}), got {type(X).__name__}; use jnp.asarray(X).")
     if X.ndim not in (1, 2) or X.shape[-1] != n:
-        hint = "flatten each example, X.reshape(len(X), -1)" if X.ndim > 2 else "are params of another network?"
-        hint = "examples are rows; did you mean X.T?" if X.ndim == 2 and X.shape[0] == n else hint
+        hint = "are params of another network?"
+        if X.ndim > 2:
+            hint = "flatten each example, X.reshape(len(X), -1)."
+        elif X.ndim == 2 and X.shape[0] == n:
+            hint = "examples are rows; did you mean X.T?"
         raise ValueError(
             f"mlp: X needs shape (N, {n}), or ({n},) for a single example, to fit W of layer 1 "
             f"{params[0].W.shape}; got {X.shape}: {hint}"
@@ -243,7 +242,9 @@ def _check_inputs(params: Params, X: Any) -> None:
 def _check_sample_weight(sample_weight: Any, losses: Array) -> None:
     if not hasattr(sample_weight, "dtype") or sample_weight.shape != losses.shape:
         got = getattr(sample_weight, "shape", type(sample_weight).__name__)
-        raise ValueError(f"cost: sample_weight needs one weight per example, shape {losses.shape}; got {got}.")
+        raise ValueError(
+            f"cost: sample_weight needs one weight per example, shape {losses.shape}; got {got}."
+        )
     if sample_weight.dtype != losses.dtype:
         raise TypeError(
             f"cost: sample_weight needs the losses' dtype {losses.dtype}, got {sample_weight.dtype}; "

@@ -71,7 +71,8 @@ def init(
     check_key("init", key)
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < 2:
         raise ValueError(
-            f"init: sizes needs the widths of at least input and output, such as (64, 128, 10); got {sizes!r}."
+            f"init: sizes needs the widths of input, hidden and output layers, such as (64, 128, 10); "
+            f"got {sizes!r}."
         )
     for n in sizes:
         if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
@@ -173,12 +174,14 @@ def check_params(where: str, params: Any) -> None:
         if not prod(W.shape):
             raise ValueError(f"{where}: W of layer {l} is empty, {W.shape}; widths need to be at least 1.")
         if b is not None and (not hasattr(b, "dtype") or b.shape != W.shape[:1]):
-            raise ValueError(f"{where}: b of layer {l} needs shape {W.shape[:1]}, as W's rows; got {_outline(b)}.")
+            raise ValueError(
+                f"{where}: b of layer {l} needs shape {W.shape[:1]}, as W's rows; got {_outline(b)}."
+            )
         for name, array in (("W", W), ("b", b)):
             if array is not None and array.dtype != first.dtype:
                 raise TypeError(
                     f"{where}: all parameters need one dtype; W of layer 1 is {first.dtype}, "
-                    f"{name} of layer {l} {array.dtype}. Cast with jax.tree.map(lambda p: p.astype(dtype), params)."
+                    f"{name} of layer {l} {array.dtype}. Cast with jax.tree.map and astype."
                 )
         if l > 1 and W.shape[1] != params[l - 2].W.shape[0]:
             raise ValueError(

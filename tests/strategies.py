@@ -144,7 +144,8 @@ def architectures(draw):
     def names(table, n):  # the softmax of one number is the constant 1, and every gradient behind it zero
         return st.sampled_from([name for name in table if n > 1 or not name.startswith("softmax")])
 
-    loss = draw(names([l for l in reference.LOSSES if widths[-1] > 1 or l != "categorical_cross_entropy"], widths[-1]))
+    losses = [l for l in reference.LOSSES if widths[-1] > 1 or l != "categorical_cross_entropy"]
+    loss = draw(names(losses, widths[-1]))
     output = draw(names(reference.ACTIVATIONS, widths[-1]))
     if loss == "categorical_cross_entropy":  # the losses on probabilities need an output that gives them
         output = "softmax"

@@ -51,8 +51,8 @@ def test_value_and_grad_takes_sample_weight_by_name():
 
 def test_rule_shows_its_name_and_its_forward_docstring():
     assert repr(fnn.relu) == "relu" and repr(fnn.leaky_relu(0.2)) == "leaky_relu(0.2)"
-    assert "max(0, z)" in fnn.relu.__doc__
-    assert "slope·z below" in fnn.leaky_relu(0.2).__doc__
+    assert "max(0, z)" in str(fnn.relu.__doc__)
+    assert "slope·z below" in str(fnn.leaky_relu(0.2).__doc__)
     assert "huber_loss(1.0)" in repr(fnn.cost(fnn.mlp(fnn.relu), fnn.huber_loss(1.0)))
 
 

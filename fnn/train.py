@@ -1,0 +1,278 @@
+"""Training: a pure step, an epoch as one compiled scan, and `fit` around it on the host.
+
+An epoch visits every example exactly once, in a fresh random order. If N is no multiple of the batch
+size m, the last N mod m examples make one more, shorter step after the scan, in the same compiled
+program: nothing is dropped, padded or repeated, and that step's cost is the mean over its own examples.
+
+Optimisers are optax's; the gradient is the cost's own pullback.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from .arguments import (
+    check_count,
+    check_data,
+    check_metrics,
+    check_optimizer,
+    check_params_values,
+    check_scalar,
+)
+from .params import check_key
+from .progress import progress_bar
+from .rules import RuleLike, as_custom_vjp, check_rule_like, value_and_grad
+
+Metric = Callable[..., Array]  # (params, X, y) -> scalar
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step."""
+
+    params: Any
+    optimizer_state: Any
+    key: Array  # of the next shuffle
+    step: Array  # steps taken so far
+
+
+def train_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
+    """The state before the first step. Arrays are copied: an epoch reuses the memory of the state it gets."""
+    params, key = jax.tree.map(partial(jnp.array, copy=True), (params, key))
+    return TrainState(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
+
+
+def train_step(
+    cost: RuleLike, optimizer: optax.GradientTransformation, state: TrainState, *batch: Array
+) -> tuple[TrainState, Array]:
+    """One step of any optax optimiser on one batch (X, y[, sample_weight]); the cost before the step.
+
+    Pure, for use in `jax.jit` or `jax.lax.scan`. Line searches and schedules that ask for the value, the
+    gradient or the function get them (`optax.lbfgs`, `optax.contrib.reduce_on_plateau`).
+
+    >>> import fnn, jax, jax.numpy as jnp, optax
+    >>> cost = fnn.cost(fnn.mlp([]), fnn.half_squared_error)
+    >>> params = (fnn.Layer(W=jnp.array([[1.0]]), b=jnp.array([0.0])),)
+    >>> state = fnn.train_state(optax.sgd(0.5), params, jax.random.key(0))
+    >>> state, C = fnn.train_step(cost, optax.sgd(0.5), state, jnp.array([[2.0]]), jnp.array([[0.0]]))
+    >>> print(C, state.params[0].W, state.params[0].b)
+    2.0 [[-1.]] [-1.]
+    """
+    C, gradient = value_and_grad(cost)(state.params, *batch)
+    value_of = as_custom_vjp(cost)
+    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+        gradient,
+        state.optimizer_state,
+        state.params,
+        value=C,
+        grad=gradient,
+        value_fn=lambda params: value_of(params, *batch),
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, optimizer_state, state.key, state.step + 1), C
+
+
+@partial(jax.jit, static_argnames=("cost", "optimizer", "batch_size"), donate_argnames="state")
+def train_epoch(
+    cost: RuleLike,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    data: tuple[Array, ...],
+    batch_size: int,
+) -> tuple[TrainState, Float[Array, " steps"]]:
+    """One epoch over `data` (X, y[, sample_weight]) as one compiled scan; the cost of every step.
+
+    The memory of `state` is reused: go on with the one returned.
+    """
+    N = len(data[0])
+    key, shuffle_key = jax.random.split(state.key)
+    order = jax.random.permutation(shuffle_key, N)
+
+    def step(state, rows):
+        batch = (a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
+        return train_step(cost, optimizer, state, *batch)
+
+    n_full = N - N % batch_size
+    state, costs = jax.lax.scan(step, state._replace(key=key), order[:n_full].reshape(-1, batch_size))
+    if n_full < N:
+        state, last = step(state, order[n_full:])
+        costs = jnp.append(costs, last)
+    return state, costs
+
+
+@cache
+def accuracy(net: RuleLike) -> Metric:
+    """The fraction of examples that a classifier gets right: a metric (params, X, y) -> scalar.
+
+    The network's answer is the largest of its K ≥ 2 outputs; y holds class numbers (N,), or probabilities
+    (N, K) whose largest is the class.
+
+    >>> import fnn, jax.numpy as jnp
+    >>> params = (fnn.Layer(jnp.eye(2), jnp.zeros(2)),)
+    >>> X = jnp.array([[3.0, 1.0], [1.0, 3.0], [5.0, 0.0], [0.0, 2.0]])
+    >>> print(fnn.accuracy(fnn.mlp([]))(params, X, jnp.array([0, 1, 1, 1])))
+    0.75
+    """
+    check_rule_like("accuracy: the network", net)
+
+    def fraction_right(params, X, y):
+        outputs, _ = net.forward(params, X)
+        labels = y if jnp.issubdtype(y.dtype, jnp.integer) else jnp.argmax(y, axis=-1)
+        if labels.shape != outputs.shape[:-1] or outputs.shape[-1] < 2:
+            raise ValueError(
+                "accuracy: needs two outputs or more, and class numbers (N,) or probabilities (N, K); "
+                f"got outputs {outputs.shape} and y {y.dtype} {y.shape}."
+            )
+        return jnp.mean(jnp.argmax(outputs, axis=-1).astype(labels.dtype) == labels, dtype=jnp.float32)
+
+    return fraction_right
+
+
+@dataclass(frozen=True)
+class History:
+    """What `fit` returns: the trained parameters, and one number for each epoch.
+
+    params: after the last epoch
+    train: "cost", the mean over the epoch's examples of the cost as it was when each was used; and every
+        metric on the whole training data after the epoch
+    validation: "cost" and every metric on the validation data after the epoch; empty without such data
+    seconds: wall time of each epoch; the first includes compilation
+    """
+
+    params: Any
+    train: Mapping[str, np.ndarray]
+    validation: Mapping[str, np.ndarray]
+    seconds: np.ndarray
+
+
+class DivergenceError(FloatingPointError):
+    """The cost or the parameters became NaN or infinite. `history` ends with the last good epoch."""
+
+    def __init__(self, message: str, history: History):
+        super().__init__(message)
+        self.history = history
+
+
+def fit(
+    cost: RuleLike,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    data: Sequence[Any],
+    *,
+    key: Any,
+    epochs: int,
+    batch_size: int,
+    validation: Sequence[Any] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    progress: bool = True,
+) -> History:
+    """Trains on `data` for a number of epochs, each one compiled scan over freshly shuffled batches.
+
+    cost: a rule (params, X, y[, sample_weight]) -> scalar, such as `fnn.cost` makes
+    optimizer: any of optax
+    data: (X, y) or (X, y, sample_weight), arrays with the examples along their first axis
+    key: decides the order of the examples; equal keys give equal runs to the last bit
+    validation: data held out, in the same form; cost and metrics are evaluated on it after every epoch
+    metrics: name -> function (params, X, y) -> scalar, such as {"accuracy": fnn.accuracy(net)}
+    progress: show a bar
+
+    `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
+    runs, arguments are checked, values included: NaN and inf, labels out of range, float64 that JAX would
+    narrow in silence. Raises TypeError or ValueError; `DivergenceError` if the run diverges.
+
+    >>> import fnn, jax, optax
+    >>> X = jax.random.normal(jax.random.key(0), (100, 3))
+    >>> y = X @ jax.numpy.array([[1.0], [-2.0], [0.5]])
+    >>> params = fnn.init(jax.random.key(1), (3, 1))
+    >>> cost = fnn.cost(fnn.mlp([]), fnn.half_squared_error)
+    >>> history = fnn.fit(cost, optax.sgd(0.1), params, (X, y), key=jax.random.key(2),
+    ...                   epochs=50, batch_size=32, progress=False)
+    >>> print(history.params[0].W.round(3))
+    [[ 1.  -2.   0.5]]
+    """
+    check_rule_like("fit: cost", cost)
+    check_optimizer(optimizer)
+    check_key("fit", key)
+    check_count("epochs", epochs)
+    check_count("batch_size", batch_size)
+    params = check_params_values(params)
+    data = check_data("data", data, cost, params)
+    validation = None if validation is None else check_data("validation", validation, cost, params)
+    if batch_size > len(data[0]):
+        raise ValueError(
+            f"fit: batch_size {batch_size} is larger than the data, N = {len(data[0])}; "
+            f"for full batches use batch_size={len(data[0])}."
+        )
+    named_metrics = check_metrics(metrics)
+    for name, metric in named_metrics:
+        check_scalar(f"metric {name!r}", metric, params, data[:2])
+
+    state = train_state(optimizer, params, key)
+    rows: list[tuple[dict, dict, float]] = []
+
+    def history(params):
+        train, held_out, seconds = zip(*rows, strict=True) if rows else ((), (), ())
+        return History(params, _columns(train), _columns(held_out), np.array(seconds, float))
+
+    with progress_bar(epochs, show=progress) as show:
+        for epoch in range(1, epochs + 1):
+            start = time.perf_counter()
+            result = _epoch(cost, optimizer, named_metrics, batch_size, state, data, validation)
+            state, costs, is_finite, before, train, held_out = result
+            costs, is_finite, train, held_out = jax.device_get((costs, is_finite, train, held_out))
+            if not (is_finite and np.isfinite(costs).all()):
+                raise DivergenceError(_divergence(costs, epoch), history(before))
+            rows.append((train, held_out, time.perf_counter() - start))
+            show(epoch, train | {f"validation {name}": number for name, number in held_out.items()})
+    return history(state.params)
+
+
+@partial(jax.jit, static_argnames=("cost", "optimizer", "metrics", "batch_size"), donate_argnames="state")
+def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
+    """An epoch and its evaluation as one program, so that a run compiles once.
+
+    Returns the parameters as they were before the epoch too: what is left if it diverges.
+    """
+    before, N = state.params, len(data[0])
+    state, costs = train_epoch(cost, optimizer, state, data, batch_size)
+    is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
+    sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
+    # In at least float32: a mean of bfloat16 costs would show three digits.
+    wide = costs.astype(jnp.promote_types(costs.dtype, jnp.float32))
+    train = {"cost": jnp.sum(wide * jnp.asarray(sizes / N, wide.dtype))}
+    train |= {name: metric(state.params, *data[:2]) for name, metric in metrics}
+    held_out = {}
+    if validation is not None:
+        held_out = {"cost": cost.forward(state.params, *validation)[0]}
+        held_out |= {name: metric(state.params, *validation[:2]) for name, metric in metrics}
+    return state, costs, is_finite, before, train, held_out
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    names = rows[0] if rows else ()
+    return {name: np.array([row[name] for row in rows], float) for name in names}
+
+
+def _divergence(costs: np.ndarray, epoch: int) -> str:
+    """What went wrong, at which step, and what to do."""
+    wrong = np.flatnonzero(~np.isfinite(costs))
+    why = "Try a smaller learning rate, or clip gradients with optax.clip_by_global_norm."
+    if not len(wrong):
+        where = "the parameters became NaN or infinite in the last step"
+    else:
+        where = f"the cost became {costs[wrong[0]]} at step {wrong[0] + 1} of {len(costs)}"
+    if epoch == 1 and len(costs[: wrong[0] if len(wrong) else None]) == 1:
+        why = "That was the first update: is the learning rate NaN, infinite, or far too large?"
+    elif epoch == 1 and len(wrong) and wrong[0] == 0:
+        why = "Nothing was updated yet: the network overflows, or a loss on probabilities met a 0."
+    return (
+        f"fit: in epoch {epoch} {where}. {why} This error's .history has the {epoch - 1} epochs before, "
+        "and the parameters as they were after them."
+    )
