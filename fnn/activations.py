@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .rules import Rule
+from .rules import Rule, is_array
 
 Z = Float[Array, "*batch n"] | Float[Array, ""]  # a layer's inputs, or a single number
 
@@ -278,10 +278,15 @@ softmax = Rule(softmax_forward, softmax_pullback)
 
 def _finite(rule: str, name: str, value: float) -> float:
     """The parameter as a Python float, hashable; raises unless it is a finite number."""
-    if not isinstance(value, bool):
+    if is_array(value) and value.shape:
+        raise ValueError(
+            f"{rule}: {name} needs to be a number, got an array {value.shape}. "
+            f"fnn.{rule}(0.01) makes the rule; call that with arrays."
+        )
+    if not isinstance(value, bool | str | bytes):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
         else:
             if abs(number) < float("inf"):

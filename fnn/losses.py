@@ -16,10 +16,10 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from .activations import _finite
-from .rules import Rule, RuleLike
+from .rules import Rule, RuleLike, is_array
 
 
 def softmax_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
@@ -54,7 +54,7 @@ def softmax_cross_entropy_pullback(
 softmax_cross_entropy = Rule(softmax_cross_entropy_forward, softmax_cross_entropy_pullback)
 
 
-def softmax_cross_entropy_with_integer_labels_forward(Z: Float[Array, "*batch K"], y: Int[Array, "*batch"]):
+def softmax_cross_entropy_with_integer_labels_forward(Z: Float[Array, "*batch K"], y: Integer[Array, "*batch"]):
     r"""Cross-entropy of softmax(z) against a class number, one per example.
 
     C_n = -log p_y,  p = softmax(z)
@@ -73,7 +73,7 @@ def softmax_cross_entropy_with_integer_labels_forward(Z: Float[Array, "*batch K"
     _check_class_numbers("softmax_cross_entropy_with_integer_labels", Z, y)
     log_p = jax.nn.log_softmax(Z, axis=-1)
     # Compared in at least 32 bits: class numbers of a uint8 array would wrap at 256.
-    dtype = jnp.promote_types(y.dtype, jnp.int32)
+    dtype = jax.dtypes.canonicalize_dtype(y.dtype if y.dtype.itemsize >= 4 else jnp.int32)
     is_label = jax.lax.broadcasted_iota(dtype, Z.shape, Z.ndim - 1) == y.astype(dtype)[..., None]
     return -jnp.sum(log_p, axis=-1, where=is_label), (log_p, is_label)
 
@@ -325,15 +325,22 @@ def _ratio(y: Array, p: Array) -> Array:
 def _check_floats(name: str, Z: Array, y: Array) -> None:
     """Raises unless Z and y are float arrays of one shape and dtype."""
     _check_outputs(name, Z)
-    if not hasattr(y, "dtype"):
+    if not is_array(y):
         raise TypeError(f"{name}: y needs to be an array, got {type(y).__name__}; use jnp.asarray(y).")
     if Z.shape != y.shape:
         hint = "Broadcasting would pair every output with every target."
         if y.shape == Z.shape[:-1]:
-            classes = jnp.issubdtype(y.dtype, jnp.integer) and Z.shape[-1] > 1
-            hint = "Did you mean y[:, None]?" if not classes else _LABELS.format(name=name, K=Z.shape[-1])
+            hint = "Did you mean y[:, None]?"
+            if Z.shape[-1] > 1:
+                classes = jnp.issubdtype(y.dtype, jnp.integer) or name.startswith(("softmax", "categorical"))
+                hint = "For one target per example the network needs a last width of 1."
+                hint = _LABELS.format(name=name, K=Z.shape[-1]) if classes else hint
         elif Z.shape == y.shape[:-1]:
             hint = "Did you mean y[:, 0], or an output for each target?"
+        elif Z.shape[1:] == y.shape[1:]:
+            hint = "Are X and y of the same examples?"
+        elif Z.shape == y.shape[::-1]:
+            hint = "Examples are rows; did you mean y.T?"
         raise ValueError(f"{name}: z and y need equal shapes, got z {Z.shape} and y {y.shape}. {hint}")
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
@@ -354,25 +361,29 @@ _LABELS = (
 def _check_class_numbers(name: str, Z: Array, y: Array) -> None:
     """Raises unless y is an integer array of Z's batch shape."""
     _check_outputs(name, Z)
-    if not hasattr(y, "dtype"):
+    if not is_array(y):
         raise TypeError(f"{name}: y needs to be an array, got {type(y).__name__}; use jnp.asarray(y).")
     if not jnp.issubdtype(y.dtype, jnp.integer):
         probabilities = y.shape == Z.shape
         hint = "For probabilities use fnn.softmax_cross_entropy" if probabilities else "Use y.astype(int)"
         raise TypeError(f"{name}: y needs to be integers, class numbers; got {y.dtype} {y.shape}. {hint}.")
     if y.shape != Z.shape[:-1]:
-        hint = "y[:, 0]" if y.shape == (*Z.shape[:-1], 1) else "y.argmax(axis=-1), if y is one-hot"
+        hint = "Are X and y of the same examples?"
+        if y.shape == (*Z.shape[:-1], 1):
+            hint = "Did you mean y[:, 0]?"
+        elif y.shape == Z.shape:
+            hint = "Did you mean y.argmax(axis=-1), if y is one-hot?"
         raise ValueError(
             f"{name}: y needs one class number per example, shape {Z.shape[:-1]} for z {Z.shape}; "
-            f"got y {y.shape}. Did you mean {hint}?"
+            f"got y {y.shape}. {hint}"
         )
 
 
 def _check_outputs(name: str, Z: Array) -> None:
     """Raises unless Z is a float array with an axis of outputs."""
-    if not hasattr(Z, "dtype") or not jnp.issubdtype(Z.dtype, jnp.floating):
+    if not is_array(Z) or not jnp.issubdtype(Z.dtype, jnp.floating):
         raise TypeError(
-            f"{name}: z needs to be a float array, got {getattr(Z, 'dtype', type(Z).__name__)}; "
+            f"{name}: z needs to be a float array, got {Z.dtype if is_array(Z) else type(Z).__name__}; "
             "use jnp.asarray(z, float)."
         )
     if Z.ndim == 0 or Z.shape[-1] == 0:
@@ -394,6 +405,13 @@ def check_labels(loss: RuleLike, y: np.ndarray, n_outputs: int) -> None:
     ValueError: softmax_cross_entropy_with_integer_labels: labels need to lie in 0..2, \
 one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
     """
+    of_softmax = (softmax_cross_entropy, softmax_cross_entropy_with_integer_labels, categorical_cross_entropy)
+    if loss in of_softmax and n_outputs < 2:
+        raise ValueError(
+            f"{loss!r}: needs two outputs or more, got {n_outputs}: the softmax of one number is always 1. "
+            "For two classes and one output use fnn.sigmoid_binary_cross_entropy."
+        )
+    y = np.asarray(y)
     if loss == softmax_cross_entropy_with_integer_labels:
         wrong = (y < 0) | (y >= n_outputs)
         what = f"labels need to lie in 0..{n_outputs - 1}, one for each of the {n_outputs} outputs"
@@ -402,7 +420,8 @@ one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
         what = "labels are probabilities and need to lie in [0, 1]"
     elif loss in (softmax_cross_entropy, categorical_cross_entropy):
         # Sums of rounded probabilities: K terms, each off by at most one rounding.
-        slack = 4 * n_outputs * float(jnp.finfo(y.dtype).eps)
+        rounding = float(jnp.finfo(y.dtype).eps) if jnp.issubdtype(y.dtype, jnp.floating) else 0.0
+        slack = 4 * n_outputs * rounding
         sums = y.astype(np.float64).sum(axis=-1, keepdims=True)
         wrong = ~((y >= 0) & (abs(sums - 1) <= slack))
         what = "labels are probabilities: at least 0, and every row needs to sum to 1"

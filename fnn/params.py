@@ -43,7 +43,7 @@ def orthogonal(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Ar
 
     Factorised in at least float32, as 16-bit dtypes have no QR decomposition, and then rounded.
     """
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
     return jax.nn.initializers.orthogonal()(key, shape, wide).astype(dtype)
 
 

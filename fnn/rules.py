@@ -12,6 +12,7 @@ Source: Griewank & Walther (2008), *Evaluating Derivatives*, §3.2; the pair of 
 that `jax.custom_vjp` takes.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @runtime_checkable
@@ -63,7 +65,7 @@ class Rule:
         object.__setattr__(self, "__doc__", function.__doc__)
 
     def __call__(self, *primals, **named):
-        return self.forward(*primals, **named)[0]
+        return run_forward(self, *primals, **named)[0]
 
     def __repr__(self):
         """The name of the function, with its parameters: `relu`, `leaky_relu(0.01)`."""
@@ -74,16 +76,63 @@ class Rule:
         return name.removesuffix("_forward") + parameters
 
 
-def check_rule_like(where: str, rule: Any) -> None:
-    """Raises TypeError unless `rule` has a forward and a pullback; `where` begins the message."""
-    if isinstance(rule, RuleLike):
-        return
-    what = f"the function {rule.__name__}" if hasattr(rule, "__name__") else repr(rule)
-    raise TypeError(
-        f"{where} needs to be a rule, a forward with its hand-derived pullback, such as fnn.relu or "
-        f"fnn.leaky_relu(0.01); got {what}. If it is a function that makes a rule, call it; "
-        "make your own with fnn.Rule(forward, pullback)."
-    )
+def is_array(x: Any) -> bool:
+    """Whether x is an array of JAX's, traced or not, or of NumPy's; much else has a dtype and a shape."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def accepts(function: Callable, *arguments: Any) -> bool:
+    """Whether a function takes these arguments; True where Python cannot tell."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, without a signature
+        return True
+    return True
+
+
+def check_rule_like(where: str, rule: Any, *arguments: str, such_as: str = "fnn.squared_error") -> None:
+    """Raises TypeError unless `rule` has a pullback, and a forward that takes arguments of these names.
+
+    `where` begins the message.
+    """
+    if not isinstance(rule, RuleLike) or isinstance(rule, type):
+        is_function = callable(rule) and hasattr(rule, "__name__")
+        what = f"the function {rule.__name__}" if is_function else repr(rule)
+        raise TypeError(
+            f"{where} needs to be a rule, a forward with its hand-derived pullback, such as {such_as}; "
+            f"got {what}. If it is a function that makes a rule, call it; "
+            "make your own with fnn.Rule(forward, pullback)."
+        )
+    if arguments and not accepts(rule.forward, *arguments):
+        raise TypeError(
+            f"{where} needs to be a rule called with ({', '.join(arguments)}), such as {such_as}; "
+            f"got {rule!r}, whose forward takes other arguments."
+        )
+
+
+def run_forward(rule: RuleLike, *primals: Any, **named: Any) -> tuple[Any, Any]:
+    """(out, residuals); a bare array, which would unpack along its first axis, is refused."""
+    result = rule.forward(*primals, **named)
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(
+            f"{rule!r}: forward needs to return a pair (out, residuals), got {got}; "
+            "return (out, None) if the pullback needs nothing."
+        )
+    return result
+
+
+def check_adjoints(rule: RuleLike, adjoints: Any, n: int | None = None) -> tuple[Any, ...]:
+    """What a pullback returned; raises TypeError unless it is a tuple, of n adjoints if n is given."""
+    if not isinstance(adjoints, tuple) or n not in (None, len(adjoints)):
+        got = f"a tuple of {len(adjoints)}" if isinstance(adjoints, tuple) else type(adjoints).__name__
+        raise TypeError(
+            f"{rule!r}: pullback needs to return a tuple with one adjoint for each argument of forward, "
+            f"got {got}; for a single argument return (x_bar,), and None for integers."
+        )
+    return adjoints
 
 
 def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable[..., tuple[Any, Any]]:
@@ -92,7 +141,7 @@ def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable
     Called and read like `jax.value_and_grad`: the gradient is with respect to argument number
     `argnums`, or a tuple of gradients if `argnums` is a sequence. The pullback starts from ∂C/∂C = 1.
 
-    Raises TypeError if the rule's value is no scalar, or if an argument has no gradient (integers).
+    Raises TypeError if the rule's value is no float scalar, or if an argument has no gradient (integers).
 
     >>> import fnn, jax, jax.numpy as jnp
     >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
@@ -104,20 +153,33 @@ def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable
     """
     check_rule_like("value_and_grad: the function", rule)
     several = not hasattr(argnums, "__index__")
-    positions = tuple(index(i) for i in argnums) if isinstance(argnums, Sequence) else (index(argnums),)
+    try:
+        positions = tuple(index(i) for i in argnums) if isinstance(argnums, Sequence) else (index(argnums),)
+    except TypeError:
+        raise TypeError(
+            "value_and_grad: argnums needs to be the number of an argument, counted from 0, or a tuple of "
+            f"them; got {argnums!r}."
+        ) from None
 
     def value_and_gradient(*primals, **named):
-        value, residuals = rule.forward(*primals, **named)
+        value, residuals = run_forward(rule, *primals, **named)
         if jnp.shape(value) != ():
             raise TypeError(
                 f"value_and_grad: {rule!r} needs to return a scalar, got shape {jnp.shape(value)}. "
                 "Make a cost of it with fnn.cost, or start from a cotangent of your own with rule.pullback."
             )
-        adjoints = rule.pullback(residuals, jnp.ones_like(value))
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                f"value_and_grad: {rule!r} needs to return a float, got {jnp.result_type(value)}; pass floats."
+            )
+        adjoints = check_adjoints(rule, rule.pullback(residuals, jnp.ones_like(value)))
         gradients = []
         for i in positions:
             if not -len(adjoints) <= i < len(adjoints):
-                raise ValueError(f"value_and_grad: argnums={i}, but {rule!r} has {len(adjoints)} arguments.")
+                raise ValueError(
+                    f"value_and_grad: argnums={i}, but {rule!r} has {len(adjoints)} arguments; "
+                    f"they are counted from 0 to {len(adjoints) - 1}."
+                )
             if adjoints[i] is None:
                 raise TypeError(
                     f"value_and_grad: argument {i} of {rule!r} has no gradient: it holds integers. "
@@ -141,7 +203,7 @@ def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
     check_rule_like("as_custom_vjp: the rule", rule)
 
     def function(*primals):
-        return rule.forward(*primals)[0]
+        return run_forward(rule, *primals)[0]
 
     custom = jax.custom_vjp(function)
     custom.defvjp(rule.forward, rule.pullback)

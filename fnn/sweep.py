@@ -47,11 +47,11 @@ class Sweep:
     For a single example (n,) the batch axis is absent everywhere.
     """
 
-    losses: Float[Array, "*batch"]
-    inputs: tuple[Float[Array, "*batch _"], ...]
-    errors: tuple[Float[Array, "*batch _"], ...]
-    weights: Float[Array, "*batch"]
-    penalty: tuple[Float[Array, "_ _"], ...] | None
+    losses: Array
+    inputs: tuple[Array, ...]
+    errors: tuple[Array, ...]
+    weights: Array
+    penalty: tuple[Array, ...] | None
     has_bias: tuple[bool, ...] = field(metadata={"static": True})
 
 

@@ -245,7 +245,7 @@ def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
     is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
     sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
     # In at least float32: a mean of bfloat16 costs would show three digits.
-    wide = costs.astype(jnp.promote_types(costs.dtype, jnp.float32))
+    wide = costs if jnp.finfo(costs.dtype).bits >= 32 else costs.astype(jnp.float32)
     train = {"cost": jnp.sum(wide * jnp.asarray(sizes / N, wide.dtype))}
     train |= {name: metric(state.params, *data[:2]) for name, metric in metrics}
     held_out = {}
