@@ -1,5 +1,7 @@
 """Strict arithmetic and run-time shape checks for every test."""
 
+import os
+
 import jax
 import jaxtyping
 import pytest
@@ -9,7 +11,8 @@ import tests.typechecker
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("fnn", f"{tests.typechecker.__name__}.check")
+if "MUTANT_UNDER_TEST" not in os.environ:  # mutmut: checking the types of every mutant costs minutes
+    jaxtyping.install_import_hook("fnn", f"{tests.typechecker.__name__}.check")
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """What must hold of every rule. Each property asserts; `test_the_tests.py` runs them on planted faults."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import assume
+import optax
 
 from tests.strategies import INSTANCES, Case, instance, tolerance
 
@@ -123,7 +123,8 @@ def check_against_formula(case: Case, primals, value, dtype, fan_in: int, instan
 def check_against_differences(case: Case, primals, ours, out_bar, v, instances: int):
     """⟨ȳ, f(x+hv) - f(x-hv)⟩ / 2h = ⟨Jᵀȳ, v⟩ in float64, f the independent formula.
 
-    With h = 1e-5 the truncation h²f‴/6 is about 1e-10 and the rounding eps·f/h about 1e-11.
+    Returns how many instances lie off the kinks, where a difference has a meaning. With h = 1e-5 the
+    truncation h²f‴/6 is about 1e-10 and the rounding eps·f/h about 1e-11.
     """
     h, judged = 1e-5, 0
     for i in range(instances):
@@ -144,11 +145,14 @@ def check_against_differences(case: Case, primals, ours, out_bar, v, instances: 
         size = (sum(np.sum(b**2) for b, _ in pairs) * sum(np.sum(t**2) for _, t in pairs)) ** 0.5
         # The floor is for instances whose gradient is zero, such as a single relu below its kink.
         assert abs(by_hand - by_difference) <= 1e-7 * (size + 1e-2), f"{by_hand=}, {by_difference=}"
-    assume(judged > 0)  # a network without biases sits on a kink whenever a layer before it is dead
+    return judged
 
 
 def check_rule(case: Case, size, dtype, seed: int, instances: int = INSTANCES):
-    """Every property of a rule on one draw of its arguments."""
+    """Every property of a rule on one draw of its arguments.
+
+    False if all of them lie on a kink: a network without biases does whenever a layer before is dead.
+    """
     rng = np.random.default_rng(seed)
     primals = case.make(rng, size, dtype)
     check_contract(case, primals)
@@ -162,4 +166,107 @@ def check_rule(case: Case, size, dtype, seed: int, instances: int = INSTANCES):
     check_against_autodiff(result, dtype, fan_in)
     check_adjointness(result, out_bar, v, dtype, fan_in)
     if dtype == "float64":
-        check_against_differences(case, primals, result.ours, out_bar, v, instances)
+        return check_against_differences(case, primals, result.ours, out_bar, v, instances) > 0
+    return True
+
+
+# Of the sweep. `fnn` is the package under test, which may be a copy with a planted fault.
+
+
+def check_errors(fnn, cost, params, X, y, *weight):
+    """δ^l_n = ∂C_n/∂z^l_n by autodiff: the gradient with respect to a nudge added to z^l of every example."""
+    sweep = jax.jit(partial(fnn.backprop, cost))(params, X, y, *weight)
+    nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
+
+    def losses(nudges):
+        A = X
+        for (W, b), activation, nudge in zip(params, cost.net.activations(params), nudges, strict=True):
+            Z = A @ W.T + nudge
+            A = activation(Z if b is None else Z + b[None, :])
+        return cost.loss(A, y)
+
+    @jax.jit
+    def autodiff(nudges):
+        return losses(nudges), jax.grad(lambda nudges: losses(nudges).sum())(nudges)
+
+    values, expected = autodiff(nudges)
+    np.testing.assert_allclose(sweep.losses, values, rtol=1e-12)
+    assert len(sweep.errors) == len(params)
+    for l, (delta, want) in enumerate(zip(sweep.errors, expected, strict=True), start=1):
+        assert_close(delta, want, "float64", what=f"δ^{l}", fan_in=8)
+
+
+def check_sweep_gradient(fnn, cost, params, X, y, *weight):
+    """The sweep's gradient is the cost's, penalty and weights included."""
+    got = jax.jit(lambda *args: fnn.gradient(fnn.backprop(cost, *args)))(params, X, y, *weight)
+    _, want = jax.jit(jax.value_and_grad(cost))(params, X, y, *weight)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(a, b, "float64", what="gradient of the sweep", fan_in=16)
+
+
+# Of training, by rules that show what the loop does with its data.
+
+
+def numbered(N):
+    """Data that are their own numbers."""
+    return jnp.arange(N), jnp.zeros(N)
+
+
+def check_visits(fnn, N, batch_size):
+    """Each example is visited exactly once an epoch.
+
+    The parameters count visits: the gradient of C = -Σ_{n in batch} p_n is -1 at every example of the batch,
+    so that a step of size 1 adds one visit to each.
+    """
+    visits = fnn.Rule(
+        lambda p, X, y: (-jnp.sum(p[X]), (p, X)),
+        lambda residuals, C_bar: (jnp.zeros_like(residuals[0]).at[residuals[1]].add(-C_bar), None, None),
+    )
+    state = fnn.train_state(optax.sgd(1.0), jnp.zeros(N), jax.random.key(0))
+    steps = -(-N // batch_size)
+    for epoch in (1, 2):
+        state, costs = fnn.train_epoch(visits, optax.sgd(1.0), state, numbered(N), batch_size)
+        assert costs.shape == (steps,)
+        np.testing.assert_array_equal(state.params, epoch)
+    assert state.step == 2 * steps
+
+
+def orders(fnn, key, N=23, epochs=1):
+    """The order of the examples in each epoch: with batches of one, a cost that is the example's number."""
+    number = fnn.Rule(
+        lambda p, X, y: (p * 0 + X[0], p),
+        lambda p, C_bar: (jnp.zeros_like(p), None, None),
+    )
+    state, result = fnn.train_state(optax.sgd(1.0), jnp.zeros(()), key), []
+    for _ in range(epochs):
+        state, costs = fnn.train_epoch(number, optax.sgd(1.0), state, numbered(N), 1)
+        result.append(np.asarray(costs).astype(int).tolist())
+    return result
+
+
+def check_orders(fnn):
+    """Fresh every epoch, and decided by the key."""
+    first, second, third = orders(fnn, jax.random.key(0), epochs=3)
+    assert sorted(first) == sorted(second) == list(range(23))
+    assert first != second != third != first and first != list(range(23))
+    assert orders(fnn, jax.random.key(0), epochs=3) == [first, second, third]
+    assert orders(fnn, jax.random.key(1))[0] != first
+
+
+def check_steps(fnn, case: Case, primals):
+    """Three steps of Adam are optax's own on the gradients of `jax.grad`."""
+    params, *batch = jax.tree.map(lambda leaf: leaf[0], primals)
+    optimizer = optax.adam(0.1)
+    state, reference, costs = fnn.train_state(optimizer, params, jax.random.key(0)), params, []
+    optimizer_state = optimizer.init(params)
+    step = jax.jit(fnn.train_step, static_argnums=(0, 1))
+    for _ in range(3):
+        state, C = step(case.rule, optimizer, state, *batch)
+        value, gradient = jax.jit(jax.value_and_grad(case.rule))(reference, *batch)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        reference = optax.apply_updates(reference, updates)
+        costs.append((C, value))
+    np.testing.assert_allclose(*zip(*costs, strict=True), rtol=1e-9)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)  # Adam divides by the gradient's own size

@@ -67,7 +67,11 @@ def _make_regression(rng, size, dtype):
 
 
 def _make_logits(rng, size, dtype):
-    return _normal(rng, size, dtype), _probabilities(rng, size, dtype)
+    """Soft labels whose rows do not sum to one: a gradient that took Σy for 1 would be wrong."""
+    labels = _probabilities(rng, size, dtype) * jnp.asarray(
+        rng.uniform(0.6, 1.4, (INSTANCES, size[0], 1)), dtype
+    )
+    return _normal(rng, size, dtype), labels
 
 
 def _make_probabilities(rng, size, dtype):

@@ -1,9 +1,6 @@
 """The sweep's a^{l-1} and δ^l, example by example, and the gradient made of them."""
 
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -11,7 +8,7 @@ from hypothesis import strategies as st
 
 import fnn
 from tests import reference
-from tests.properties import assert_close
+from tests.properties import check_errors, check_sweep_gradient
 from tests.strategies import Architecture, architectures, instance, network_case
 
 
@@ -21,49 +18,13 @@ def draw_batch(arch: Architecture, seed: int = 0):
     return case, jax.tree.map(lambda leaf: leaf[0], primals), instance(primals, 0)
 
 
-def sweep_of(cost):
-    return jax.jit(partial(fnn.backprop, cost))
-
-
-def check_errors(cost, params, X, y, *weight):
-    """δ^l_n = ∂C_n/∂z^l_n by autodiff: the gradient with respect to a nudge added to z^l of every example."""
-    sweep = sweep_of(cost)(params, X, y, *weight)
-    nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
-
-    def losses(nudges):
-        A = X
-        for (W, b), activation, nudge in zip(params, cost.net.activations(params), nudges, strict=True):
-            Z = A @ W.T + nudge
-            A = activation(Z if b is None else Z + b[None, :])
-        return cost.loss(A, y)
-
-    @jax.jit
-    def autodiff(nudges):
-        return losses(nudges), jax.grad(lambda nudges: losses(nudges).sum())(nudges)
-
-    values, expected = autodiff(nudges)
-    np.testing.assert_allclose(sweep.losses, values, rtol=1e-12)
-    assert len(sweep.errors) == len(params)
-    for l, (delta, want) in enumerate(zip(sweep.errors, expected, strict=True), start=1):
-        assert_close(delta, want, "float64", what=f"δ^{l}", fan_in=8)
-
-
-def check_gradient(cost, params, X, y, *weight):
-    """The sweep's gradient is the cost's, penalty and weights included."""
-    got = jax.jit(lambda *args: fnn.gradient(fnn.backprop(cost, *args)))(params, X, y, *weight)
-    _, want = jax.jit(jax.value_and_grad(cost))(params, X, y, *weight)
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert_close(a, b, "float64", what="gradient of the sweep", fan_in=16)
-
-
 @settings(max_examples=12, deadline=None)
 @given(arch=architectures(), seed=st.integers(0, 2**32 - 1))
 def test_sweep_has_every_error_and_its_gradient_is_the_costs(arch, seed):
     case, primals, numbers = draw_batch(arch, seed)
     assume(case.smooth(*numbers))
-    check_errors(case.rule, *primals)
-    check_gradient(case.rule, *primals)
+    check_errors(fnn, case.rule, *primals)
+    check_sweep_gradient(fnn, case.rule, *primals)
 
 
 def test_inputs_are_the_activations_of_the_layer_before():
@@ -101,7 +62,7 @@ def test_errors_know_nothing_of_weights_and_penalty_but_the_gradient_does(reduct
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(sweep.weights, w / (len(X) if reduction == "mean" else w.sum()), rtol=1e-15)
     np.testing.assert_allclose(plain.weights, 1 / len(X), rtol=1e-15)
-    check_gradient(case.rule, params, X, y, w)
+    check_sweep_gradient(fnn, case.rule, params, X, y, w)
 
 
 def test_sweep_of_one_example_has_no_batch_axis():

@@ -1,0 +1,93 @@
+"""Every example in a docstring and every Python block of the README runs and prints what it says."""
+
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import fnn
+
+ROOT = Path(__file__).parent.parent
+MODULES = [module.name for module in pkgutil.iter_modules(fnn.__path__, "fnn.")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", README, flags=re.M | re.S)
+PYTHON = [(code, output) for language, code, output in BLOCKS if language == "python"]
+SHELL = [code for language, code, _ in BLOCKS if language in ("sh", "bash", "")]
+
+
+@pytest.fixture(autouse=True)
+def as_a_user_has_it():
+    """JAX's defaults, four digits printed."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        np.printoptions(precision=4),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_print_what_they_say(name):
+    module = importlib.import_module(name)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    examples = [test for test in finder.find(module, name) if test.examples]
+    report = io.StringIO()
+    for test in examples:
+        runner.run(test, out=report.write)
+    assert runner.failures == 0, report.getvalue()
+    if name in ("fnn.activations", "fnn.losses", "fnn.network", "fnn.sweep", "fnn.params", "fnn.train"):
+        assert len(examples) >= 2, "the finder found the module's examples"
+
+
+def public_names():
+    return [name for name in dir(fnn) if not name.startswith("_") and name not in MODULES_BARE]
+
+
+MODULES_BARE = {name.removeprefix("fnn.") for name in MODULES}
+
+
+def test_every_public_name_is_documented():
+    for name in public_names():
+        documented = getattr(fnn, name).__doc__
+        assert documented and len(documented) > 20, name
+
+
+@pytest.mark.parametrize("i", range(len(PYTHON)))
+def test_readme_block_prints_what_it_says(i):
+    """The blocks run in order, each with the names of those before it."""
+    names: dict = {}
+    for code, expected in PYTHON[: i + 1]:
+        out = io.StringIO()
+        with redirect_stdout(out):
+            exec(compile(code, f"README block {i + 1}", "exec"), names)
+    assert out.getvalue().rstrip() == expected.rstrip()
+
+
+def test_readme_blocks_are_all_recognised():
+    assert len(PYTHON) >= 2
+    assert {language for language, _, _ in BLOCKS} <= {"python", "sh", "text", "bash", ""}
+    assert README.count("```python") == len(PYTHON)
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_second():
+    commands = "\n".join(SHELL)
+    run = "python3 -m pip install uv && python3 -m uv run"
+    assert f"{run} python -m experiments.digits" in commands and f"{run} pytest" in commands
+    assert f"{run} pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+?)(?:#L(\d+))?\)", README):
+        path, line = target
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path
+            if line:
+                assert "def " in (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1], target

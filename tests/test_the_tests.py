@@ -1,0 +1,236 @@
+"""Do the tests catch what people get wrong? Faults are planted in a copy of the package's source, one at a
+time, and the same properties that guard the package must fail on the copy.
+
+`python -m pytest tests/test_the_tests.py -s` prints the score.
+"""
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import fnn as package
+from tests.properties import (
+    check_errors,
+    check_orders,
+    check_rule,
+    check_steps,
+    check_sweep_gradient,
+    check_visits,
+)
+from tests.strategies import Architecture, network_case, rules
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+SOURCE = Path(package.__file__).parent
+
+
+@contextmanager
+def planted(tmp_path: Path, file: str = "", old: str = "", new: str = ""):
+    """A copy of the package in which `old`, found once in `file`, is `new`; imported as `fnn`."""
+    shutil.copytree(SOURCE, tmp_path / "fnn", ignore=shutil.ignore_patterns("__pycache__"))
+    if file:
+        path = tmp_path / "fnn" / file
+        source = path.read_text(encoding="utf-8")
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
+        path.write_text(source.replace(old, new), encoding="utf-8")
+    # Shape annotations off: numbers have to catch it (and beartype takes the copy's Layer for the original's).
+    jaxtyping.config.update("jaxtyping_disable", True)
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fnn"}
+    sys.path.insert(0, str(tmp_path))
+    importlib.invalidate_caches()
+    try:
+        copy = importlib.import_module("fnn")
+        assert copy.__file__ and Path(copy.__file__).parent == tmp_path / "fnn"
+        yield copy
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "fnn"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# What guards the package, each on one draw. Square networks, of N rows as wide as the layers, where every
+# mistake of order or transposition still has the right shape.
+
+SQUARE = Architecture(widths=(4, 4, 4, 4), hidden=("tanh", "sigmoid"), output="tanh", N=4, l2=0.1)
+PLAIN = Architecture()
+WEIGHTED = Architecture(weighted=True, reduction="weighted_mean", N=5)
+
+
+@cache
+def rule(name: str, size=(4, 3)):
+    return lambda fnn: check_rule(rules(fnn)[name], size, "float64", seed=0)
+
+
+@cache
+def cost(arch: Architecture = SQUARE):
+    return lambda fnn: check_rule(network_case(fnn, arch), None, "float64", seed=0, instances=2)
+
+
+@cache
+def sweep(arch: Architecture = SQUARE):
+    def check(fnn):
+        case = network_case(fnn, arch)
+        primals = case.make(np.random.default_rng(0), None, "float64")
+        one = jax.tree.map(lambda leaf: leaf[0], primals)
+        check_errors(fnn, case.rule, *one)
+        check_sweep_gradient(fnn, case.rule, *one)
+
+    return check
+
+
+def steps(fnn):
+    case = network_case(fnn, SQUARE)
+    check_steps(fnn, case, case.make(np.random.default_rng(0), None, "float64"))
+
+
+def kink(fnn):
+    zero = jnp.zeros(1)
+    for name, expected in (("relu", 0.0), ("leaky_relu(0.3)", 1.0), ("elu(0.7)", 0.7)):
+        rule = rules(fnn)[name].rule
+        value, residuals = rule.forward(zero)
+        assert rule.pullback(residuals, jnp.ones_like(value))[0] == expected
+
+
+def tail(fnn):
+    """σ′(40), where autodiff has only zeros to compare with."""
+    value, residuals = fnn.sigmoid.forward(jnp.full(1, 40.0))
+    np.testing.assert_allclose(fnn.sigmoid.pullback(residuals, value)[0], np.exp(-40.0), rtol=1e-12)
+
+
+def gradient(fnn):
+    case = network_case(fnn, PLAIN)
+    one = jax.tree.map(lambda leaf: leaf[0], case.make(np.random.default_rng(0), None, "float64"))
+    ours, theirs = fnn.value_and_grad(case.rule)(*one), jax.value_and_grad(case.rule)(*one)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
+def variance(fnn):
+    W = fnn.init(jax.random.key(1), (500, 300), weights=fnn.he_normal)[0].W
+    assert float(W.var()) == pytest.approx(2 / 500, rel=0.02)
+
+
+def keys(fnn):
+    params = fnn.init(jax.random.key(0), (5, 5, 5), weights=fnn.unit_normal)
+    assert not (params[0].W == params[1].W).any()
+
+
+def short_batches(fnn):
+    check_visits(fnn, N=24, batch_size=7)
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    file: str
+    old: str
+    new: str
+    caught_by: Callable
+
+
+A, L, N, S, R, T, P = (
+    f"{name}.py" for name in ("activations", "losses", "network", "sweep", "rules", "train", "params")
+)
+FAULTS = [
+    # Activations
+    Fault("σ′ without its square", A, "(e / (1 + e) ** 2),)\n\n\nsigmoid", "(e / (1 + e)),)\n\n\nsigmoid", rule("sigmoid")),
+    Fault("σ′ of a instead of z", A, "return jax.nn.sigmoid(z), z", "return jax.nn.sigmoid(z), jax.nn.sigmoid(z)", rule("sigmoid")),
+    Fault("σ′ as a(1 - a), which cancels", A, "(e / (1 + e) ** 2),)\n\n\nsigmoid", "jax.nn.sigmoid(z) * (1 - jax.nn.sigmoid(z)),)\n\n\nsigmoid", tail),
+    Fault("tanh′ with a wrong exponent", A, "jnp.exp(-2 * jnp.abs(z))", "jnp.exp(-jnp.abs(z))", rule("tanh")),
+    Fault("relu passes everything", A, "jnp.where(is_positive, a_bar, 0)", "jnp.where(is_positive, a_bar, a_bar)", rule("relu")),
+    Fault("relu has slope 1 at 0", A, "jax.nn.relu(z), z > 0", "jax.nn.relu(z), z >= 0", kink),
+    Fault("leaky slope has the wrong sign", A, "jnp.where(is_right, a_bar, slope * a_bar)", "jnp.where(is_right, a_bar, -slope * a_bar)", rule("leaky_relu(0.3)")),
+    Fault("elu′ forgets alpha", A, "alpha * jnp.exp(jnp.minimum(z, 0))", "jnp.exp(jnp.minimum(z, 0))", rule("elu(0.7)")),
+    Fault("softplus′ mirrored", A, "a_bar * jax.nn.sigmoid(z)", "a_bar * jax.nn.sigmoid(-z)", rule("softplus")),
+    Fault("silu′ without the product rule", A, "(1 + z * jax.nn.sigmoid(-z))", "1", rule("silu")),
+    Fault("gelu′ without z φ(z)", A, "(cdf + z * pdf)", "cdf", rule("gelu")),
+    Fault("gelu′ of the tanh form, z³ not differentiated", A, "(1 + 3 * 0.044715 * t**2)", "(1 + 0.044715 * t**2)", rule("gelu_tanh")),
+    Fault("gelu′ off by a factor of 1.001", A, "a_bar * (cdf", "1.001 * a_bar * (cdf", rule("gelu")),
+    Fault("softmax Jacobian's diagonal only", A, "a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True))", "a_bar * a * (1 - a)", rule("softmax")),
+    Fault("softmax sums over the batch", A, "a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True))", "a * (a_bar - jnp.sum(a_bar * a, axis=0, keepdims=True))", rule("softmax")),
+    # Losses
+    Fault("cross-entropy takes Σy for 1", L, " * jnp.sum(y, axis=-1, keepdims=True) - y)", " - y)", rule("softmax_cross_entropy")),
+    Fault("cross-entropy has p + e_y", L, "jnp.exp(log_p) - is_label", "jnp.exp(log_p) + is_label", rule("softmax_cross_entropy_with_integer_labels")),
+    Fault("labels off by one", L, "== y.astype(dtype)[..., None]", "== (y.astype(dtype) + 1)[..., None]", rule("softmax_cross_entropy_with_integer_labels")),
+    Fault("labels' adjoint has the wrong sign", L, "C_bar[..., None] * -Z", "C_bar[..., None] * Z", rule("sigmoid_binary_cross_entropy")),
+    Fault("half squared error differentiated as if whole", L, "Z_bar = C_bar[..., None] * e\n", "Z_bar = C_bar[..., None] * 2 * e \n", rule("half_squared_error")),
+    Fault("squared error without its 2", L, "Z_bar = C_bar[..., None] * 2 * e\n", "Z_bar = C_bar[..., None] * e \n", rule("squared_error")),
+    Fault("mean over outputs forgotten", L, "(2 / e.shape[-1])", "2", rule("mean_squared_error")),
+    Fault("absolute error loses its sign", L, "jnp.mean(jnp.abs(e), axis=-1), jnp.sign(e)", "jnp.mean(jnp.abs(e), axis=-1), jnp.ones_like(e)", rule("mean_absolute_error")),
+    Fault("Huber's slope not clipped", L, "jnp.mean(inside * (e - inside / 2), axis=-1), inside", "jnp.mean(inside * (e - inside / 2), axis=-1), e", rule("huber_loss(0.5)")),
+    Fault("log p differentiated with the wrong sign", L, "C_bar[..., None] * -_ratio(y, P)", "C_bar[..., None] * _ratio(y, P)", rule("categorical_cross_entropy")),
+    Fault("log(1 - p) differentiated as log p", L, "_ratio(1 - y, 1 - P)", "_ratio(1 - y, P)", rule("binary_cross_entropy")),
+    # Network and cost
+    Fault("W not transposed, in a square layer", N, "Z = A @ W.T", "Z = A @ W", cost()),
+    Fault("bias forgotten", N, "Z = Z + jnp.broadcast_to(b, Z.shape)", "Z = Z + 0 * jnp.broadcast_to(b, Z.shape)", cost()),
+    Fault("stale cache: a^l kept instead of a^{l-1}", N, "            inputs.append(A)\n            A, residuals = activation.forward(Z)\n", "            A, residuals = activation.forward(Z)\n            inputs.append(A)\n", cost()),
+    Fault("gradient with respect to X forgotten", N, "return params_bar, errors[0] @ params[0].W", "return params_bar, 0 * (errors[0] @ params[0].W)", cost()),
+    Fault("1/N dropped", N, "jnp.full_like(losses, 1 / losses.size)", "jnp.full_like(losses, 1.0)", cost()),
+    Fault("1/N twice", N, "jnp.full_like(losses, 1 / losses.size)", "jnp.full_like(losses, 1 / losses.size**2)", cost()),
+    Fault("sample weight not applied", N, "C_bar * residuals.weights)", "C_bar * jnp.full_like(residuals.weights, 1 / residuals.weights.size))", cost(WEIGHTED)),
+    Fault("weighted mean divided by N on the way back", N, "sample_weight / total, (losses", "sample_weight / losses.size, (losses", cost(WEIGHTED)),
+    Fault("slope of a sample weight without the mean's", N, "(losses - C) / total", "losses / total", cost(WEIGHTED)),
+    Fault("penalty missing from the gradient", N, "if penalty is not None:", "if False:", cost()),
+    Fault("penalty's gradient without the ½ in mind", N, "_as(self.l2, W) * W for", "2 * _as(self.l2, W) * W for", cost()),
+    Fault("penalty ignores the cotangent", N, "tuple(C_bar * P for P in penalty)", "penalty", cost()),
+    Fault("biases penalised", S, "layer._replace(W=layer.W + P)", "layer._replace(W=layer.W + P, b=layer.b + P.sum(axis=1))", cost()),
+    # The backward sweep
+    Fault("layer order reversed", S, "tuple(reversed(errors))", "tuple(errors)", cost()),
+    Fault("σ′ at the wrong layer", S, "activations[l].pullback(residuals[l], delta", "activations[l].pullback(residuals[l + 1], delta", cost()),
+    Fault("σ′ of another layer's function", S, "activations[l].pullback(", "activations[l + 1].pullback(", cost()),
+    Fault("W of the wrong layer", S, "params[l + 1].W", "params[l].W", cost()),
+    Fault("W transposed on the way back", S, "delta @ params[l + 1].W", "delta @ params[l + 1].W.T", cost()),
+    Fault("σ′ of the last layer forgotten", S, "(delta,) = activations[-1].pullback(residuals[-1], A_bar)", "delta = A_bar", cost()),
+    Fault("bias summed over the wrong axis", S, "delta.sum(axis=0)", "delta.sum(axis=1)", cost()),
+    Fault("bias averaged instead of summed", S, "delta.sum(axis=0)", "delta.mean(axis=0)", cost()),
+    Fault("last example ignored", S, "W=delta.T @ A,", "W=delta[:-1].T @ A[:-1],", cost()),
+    Fault("outer product transposed, in a square layer", S, "W=delta.T @ A,", "W=A.T @ delta,", cost()),
+    Fault("weight gradient off by a factor of 1.001", S, "W=delta.T @ A,", "W=1.001 * (delta.T @ A),", cost()),
+    Fault("weight gradient's sign flipped", S, "W=delta.T @ A,", "W=-(delta.T @ A),", cost()),
+    Fault("errors of the batch's mean instead of each example's loss", S, "jnp.ones_like(losses)", "residuals.weights", sweep()),
+    Fault("sweep's gradient without the weights", S, "sweep.weights[..., None] * delta", "1 / len(sweep.weights) * delta", sweep(WEIGHTED)),
+    Fault("sweep's gradient without the penalty", S, "penalty=cost.penalty_gradient(params)", "penalty=None", sweep()),
+    # Rules, initialisers, training
+    Fault("the cotangent starts from 2", R, "jnp.ones_like(value)", "2 * jnp.ones_like(value)", gradient),
+    Fault("fan-out taken for fan-in", P, "he_normal(in_axis=-1, out_axis=-2)\n", "he_normal()\n", variance),
+    Fault("one key for all layers", P, "key, W_key, b_key =", "_, W_key, b_key =", keys),
+    Fault("last, short batch dropped", T, "if n_full < N:", "if False:", short_batches),
+    Fault("examples drawn with replacement", T, "jax.random.permutation(shuffle_key, N)", "jax.random.randint(shuffle_key, (N,), 0, N)", short_batches),
+    Fault("not shuffled", T, "jax.random.permutation(shuffle_key, N)", "jnp.arange(N)", check_orders),
+    Fault("the same order every epoch", T, "state._replace(key=key)", "state", check_orders),
+    Fault("parameters not updated", T, "return TrainState(params, optimizer_state, state.key", "return TrainState(state.params, optimizer_state, state.key", steps),
+    Fault("optimiser's state not kept", T, "return TrainState(params, optimizer_state, state.key", "return TrainState(params, state.optimizer_state, state.key", steps),
+]  # fmt: skip
+CAUGHT = []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_planted_fault_is_caught(fault, tmp_path):
+    with planted(tmp_path, fault.file, fault.old, fault.new) as copy:
+        with pytest.raises(AssertionError):  # numbers that differ; any other error would be the fault's own
+            fault.caught_by(copy)
+    CAUGHT.append(fault.what)
+
+
+def test_copy_without_a_fault_passes_every_check(tmp_path):
+    with planted(tmp_path) as copy:
+        for check in {fault.caught_by for fault in FAULTS}:
+            check(copy)
+
+
+def test_score_is_printed():
+    """A fault planted twice would count twice."""
+    assert len({(fault.file, fault.old, fault.new) for fault in FAULTS}) == len(FAULTS) >= 30
+    print(f"\nplanted faults: {len(FAULTS)}; caught: {len(CAUGHT)}")
