@@ -67,7 +67,7 @@ def _evaluator(rule):
 
 def check_contract(case: Case, primals):
     """One adjoint per primal, of its structure, shapes and dtypes; None for integers."""
-    one = jax.tree.map(lambda leaf: leaf[0], primals)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), primals)
     adjoints = jax.eval_shape(lambda *p: case.rule.pullback(*case.rule.forward(*p)[::-1]), *one)
     assert isinstance(adjoints, tuple) and len(adjoints) == len(one)
     is_float, _, _ = split(one)
@@ -154,14 +154,14 @@ def check_rule(case: Case, size, dtype, seed: int, instances: int = INSTANCES):
     False if all of them lie on a kink: a network without biases does whenever a layer before is dead.
     """
     rng = np.random.default_rng(seed)
-    primals = case.make(rng, size, dtype)
+    primals = case.draw(rng, size, dtype)
     check_contract(case, primals)
     out = jax.eval_shape(jax.vmap(case.rule), *primals)
     out_bar = jnp.asarray(rng.standard_normal(out.shape), out.dtype)
     _, floats, _ = split(primals)
     v = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), floats)
     result = _evaluator(case.rule)(primals, out_bar, v)
-    fan_in = max(leaf[0].size for leaf in jax.tree.leaves(primals))
+    fan_in = max(leaf.size // INSTANCES for leaf in jax.tree.leaves(primals))
     check_against_formula(case, primals, result.value, dtype, fan_in, instances)
     check_against_autodiff(result, dtype, fan_in)
     check_adjointness(result, out_bar, v, dtype, fan_in)
@@ -254,18 +254,22 @@ def check_orders(fnn):
     assert orders(fnn, jax.random.key(1))[0] != first
 
 
-def check_steps(fnn, case: Case, primals):
+def check_steps(fnn, case: Case):
     """Three steps of Adam are optax's own on the gradients of `jax.grad`."""
-    params, *batch = jax.tree.map(lambda leaf: leaf[0], primals)
+    params, *batch = case.draw_one()
     optimizer = optax.adam(0.1)
     state, reference, costs = fnn.train_state(optimizer, params, jax.random.key(0)), params, []
     optimizer_state = optimizer.init(params)
-    step = jax.jit(fnn.train_step, static_argnums=(0, 1))
-    for _ in range(3):
-        state, C = step(case.rule, optimizer, state, *batch)
-        value, gradient = jax.jit(jax.value_and_grad(case.rule))(reference, *batch)
+
+    @jax.jit
+    def both(state, params, optimizer_state):
+        value, gradient = jax.value_and_grad(case.rule)(params, *batch)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
-        reference = optax.apply_updates(reference, updates)
+        theirs = optax.apply_updates(params, updates), optimizer_state, value
+        return fnn.train_step(case.rule, optimizer, state, *batch), theirs
+
+    for _ in range(3):
+        (state, C), (reference, optimizer_state, value) = both(state, reference, optimizer_state)
         costs.append((C, value))
     np.testing.assert_allclose(*zip(*costs, strict=True), rtol=1e-9)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference), strict=True):

@@ -34,52 +34,59 @@ class Case:
     """A rule and how to test it."""
 
     rule: Any
-    make: Callable[..., tuple]  # (rng, size, dtype) -> primals, INSTANCES along the first axis
+    make: Callable[..., tuple]  # (rng, size) -> primals as NumPy arrays, INSTANCES along the first axis
     value: Callable[..., Any]  # the independent formula, on the primals of one instance
     smooth: Callable[..., Any] = field(default=lambda *primals: True)  # no kink within 1e-3 of the primals
     sizes: tuple = SIZES
 
+    def draw(self, rng, size, dtype) -> tuple:
+        """Primals for `INSTANCES` calls of the rule, floats of the dtype."""
+        return jax.tree.map(
+            lambda a: jnp.asarray(a, dtype if a.dtype == float else None), self.make(rng, size)
+        )
 
-def _normal(rng, shape, dtype, away_from=None):
+    def draw_one(self, seed: int = 0, size=None) -> tuple:
+        """Primals for a single call, in float64."""
+        one = jax.tree.map(lambda a: a[0], self.make(np.random.default_rng(seed), size))
+        return jax.tree.map(jnp.asarray, one)
+
+
+def _normal(rng, shape, away_from=None):
     """Unit normal numbers; where there is a kink, none within 0.01 of it."""
     numbers = rng.standard_normal((INSTANCES, *shape))
-    if away_from is not None:
-        numbers = away_from + numbers + 0.01 * np.sign(numbers)
-    return jnp.asarray(numbers, dtype)
+    return numbers if away_from is None else away_from + numbers + 0.01 * np.sign(numbers)
 
 
-def _probabilities(rng, shape, dtype):
+def _probabilities(rng, shape):
     """Rows that sum to one, no entry below 0.02 or so: logarithms of these are ordinary numbers.
     A single number is the probability of one of two outcomes."""
     exps = np.exp(rng.uniform(-1, 1, (INSTANCES, *shape[:-1], max(shape[-1], 2))))
-    return jnp.asarray((exps / exps.sum(axis=-1, keepdims=True))[..., : shape[-1]], dtype)
+    return (exps / exps.sum(axis=-1, keepdims=True))[..., : shape[-1]]
 
 
-def _make_activation(rng, size, dtype):
-    return (_normal(rng, size, dtype, away_from=0.0),)
+def _make_activation(rng, size):
+    return (_normal(rng, size, away_from=0.0),)
 
 
-def _make_regression(rng, size, dtype):
+def _make_regression(rng, size):
     """Targets around the outputs, errors on both sides of Huber's knees at 0.5 and 1, off the kink at 0."""
-    Z = rng.standard_normal((INSTANCES, *size))
+    Z = _normal(rng, size)
     e = 0.05 + rng.uniform(0, 1.9, Z.shape)
-    return jnp.asarray(Z, dtype), jnp.asarray(Z - rng.choice([-1, 1], Z.shape) * e, dtype)
+    return Z, Z - rng.choice([-1, 1], Z.shape) * e
 
 
-def _make_logits(rng, size, dtype):
+def _make_logits(rng, size):
     """Soft labels whose rows do not sum to one: a gradient that took Σy for 1 would be wrong."""
-    labels = _probabilities(rng, size, dtype) * jnp.asarray(
-        rng.uniform(0.6, 1.4, (INSTANCES, size[0], 1)), dtype
-    )
-    return _normal(rng, size, dtype), labels
+    sums = rng.uniform(0.6, 1.4, (INSTANCES, size[0], 1))
+    return _normal(rng, size), sums * _probabilities(rng, size)
 
 
-def _make_probabilities(rng, size, dtype):
-    return _probabilities(rng, size, dtype), _probabilities(rng, size, dtype)
+def _make_probabilities(rng, size):
+    return _probabilities(rng, size), _probabilities(rng, size)
 
 
-def _make_classes(rng, size, dtype):
-    return _normal(rng, size, dtype), jnp.asarray(rng.integers(0, size[-1], (INSTANCES, size[0])), jnp.int32)
+def _make_classes(rng, size):
+    return _normal(rng, size), rng.integers(0, size[-1], (INSTANCES, size[0]))
 
 
 REGRESSION = (
@@ -179,17 +186,14 @@ def network_cost(fnn, arch: Architecture):
 def network_case(fnn, arch: Architecture) -> Case:
     """The cost of a network, with parameters and data drawn as its primals."""
 
-    def make(rng, size, dtype):
+    def make(rng, size):
         params = tuple(
-            fnn.Layer(
-                _normal(rng, (n_out, n_in), dtype) / jnp.asarray(n_in**0.5, dtype),
-                _normal(rng, (n_out,), dtype) if arch.bias else None,
-            )
+            fnn.Layer(_normal(rng, (n_out, n_in)) / n_in**0.5, _normal(rng, (n_out,)) if arch.bias else None)
             for n_in, n_out in zip(arch.widths[:-1], arch.widths[1:], strict=True)
         )
-        X = _normal(rng, (arch.N, arch.widths[0]), dtype)
-        _, y = MAKE_LOSS[arch.loss](rng, (arch.N, arch.widths[-1]), dtype)
-        weight = (jnp.asarray(rng.uniform(0.1, 2, (INSTANCES, arch.N)), dtype),) if arch.weighted else ()
+        X = _normal(rng, (arch.N, arch.widths[0]))
+        _, y = MAKE_LOSS[arch.loss](rng, (arch.N, arch.widths[-1]))
+        weight = (rng.uniform(0.1, 2, (INSTANCES, arch.N)),) if arch.weighted else ()
         return params, X, y, *weight
 
     def value(params, X, y, *weight):
@@ -210,7 +214,7 @@ def network_case(fnn, arch: Architecture) -> Case:
 
 
 def instance(primals, i: int):
-    """The i-th instance as NumPy arrays, floats in float64."""
+    """The i-th instance of device arrays, as NumPy arrays with floats in float64."""
 
     def number(leaf):
         one = np.asarray(leaf)[i]

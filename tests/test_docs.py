@@ -84,10 +84,12 @@ def test_readme_has_the_two_commands_and_ci_runs_the_second():
     assert f"{run} pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+?)(?:#L(\d+))?\)", README):
-        path, line = target
-        if not path.startswith("http"):
-            assert (ROOT / path).exists(), path
-            if line:
-                assert "def " in (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1], target
+def test_readme_links_lead_to_what_they_name():
+    links = re.findall(r"\[`?([^\]`]+)`?\]\(([^)#\s]+)(?:#L(\d+))?\)", README)
+    local = [(text, path, line) for text, path, line in links if not path.startswith("http")]
+    assert len(local) >= 10
+    for text, path, line in local:
+        assert (ROOT / path).exists(), path
+        if line:
+            lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+            assert lines[int(line) - 1].startswith(f"def {text}("), f"{text} is not at {path}#L{line}"

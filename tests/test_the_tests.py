@@ -82,17 +82,14 @@ def cost(arch: Architecture = SQUARE):
 def sweep(arch: Architecture = SQUARE):
     def check(fnn):
         case = network_case(fnn, arch)
-        primals = case.make(np.random.default_rng(0), None, "float64")
-        one = jax.tree.map(lambda leaf: leaf[0], primals)
-        check_errors(fnn, case.rule, *one)
-        check_sweep_gradient(fnn, case.rule, *one)
+        check_errors(fnn, case.rule, *case.draw_one())
+        check_sweep_gradient(fnn, case.rule, *case.draw_one())
 
     return check
 
 
 def steps(fnn):
-    case = network_case(fnn, SQUARE)
-    check_steps(fnn, case, case.make(np.random.default_rng(0), None, "float64"))
+    check_steps(fnn, network_case(fnn, SQUARE))
 
 
 def kink(fnn):
@@ -111,7 +108,7 @@ def tail(fnn):
 
 def gradient(fnn):
     case = network_case(fnn, PLAIN)
-    one = jax.tree.map(lambda leaf: leaf[0], case.make(np.random.default_rng(0), None, "float64"))
+    one = case.draw_one()
     ours, theirs = fnn.value_and_grad(case.rule)(*one), jax.value_and_grad(case.rule)(*one)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)

@@ -59,8 +59,7 @@ def test_epoch_equals_the_loop_over_its_batches():
 
 
 def test_steps_are_the_optimisers_own_on_the_gradients_of_autodiff():
-    case = network_case(fnn, Architecture(weighted=True, l2=0.1))
-    check_steps(fnn, case, case.make(np.random.default_rng(0), None, "float64"))
+    check_steps(fnn, network_case(fnn, Architecture(weighted=True, l2=0.1)))
 
 
 def test_step_is_the_optimisers_on_the_hand_written_gradient():
