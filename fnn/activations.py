@@ -13,6 +13,7 @@ Values are those of `jax.nn`, and so are the slopes at kinks.
 """
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -276,7 +277,7 @@ def softmax_pullback(a: Z, a_bar: Z):
 softmax = Rule(softmax_forward, softmax_pullback)
 
 
-def _finite(rule: str, name: str, value: float) -> float:
+def _finite(rule: str, name: str, value: Any) -> float:
     """The parameter as a Python float, hashable; raises unless it is a finite number."""
     if is_array(value) and value.shape:
         raise ValueError(

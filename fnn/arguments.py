@@ -5,22 +5,37 @@ labels out of range, numbers that JAX would narrow in silence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from .losses import check_labels
-from .params import Layer
+from .params import Layer, _outline, check_not_narrowed, is_count
+from .rules import accepts, check_rule_like
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(where: str, optimizer: Any) -> None:
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        name = getattr(optimizer, "__name__", None)
-        hint = f"call it: optax.{name}(learning_rate)" if name else "such as optax.adam(1e-3)"
-        raise TypeError(f"fit: optimizer needs to be one of optax, {hint}; got {name or repr(optimizer)}.")
+        name = getattr(optimizer, "__name__", "")
+        hint = f"call it: optax.{name}(learning_rate)" if name.isidentifier() else "such as optax.adam(1e-3)"
+        raise TypeError(
+            f"{where}: optimizer needs to be one of optax, {hint}; got {name or _outline(optimizer)}."
+        )
+
+
+def check_not_traced(params: Any, key: Any, *data: Any) -> None:
+    """Raises TypeError inside jit, vmap or grad, where arrays have no values yet."""
+    arrays = [array for part in data if isinstance(part, tuple | list) for array in part]
+    if any(isinstance(array, Tracer) for array in (*jax.tree.leaves(params), key, *arrays)):
+        raise TypeError(
+            "fit: needs arrays with values, got traced ones: it runs on the host, outside jit, vmap, grad. "
+            "Inside them use fnn.train_step or fnn.train_epoch."
+        )
 
 
 def check_params_values(params: Any) -> Any:
@@ -30,8 +45,11 @@ def check_params_values(params: Any) -> Any:
     for path, leaf in leaves:
         where = "params" + jax.tree_util.keystr(path)
         if not hasattr(leaf, "dtype"):
-            raise TypeError(f"fit: {where} needs to be an array, got {leaf!r}.")
-        check_values(where, np.asarray(leaf))
+            raise TypeError(
+                f"fit: {where} needs to be an array, got {_outline(leaf)}; "
+                "make params with fnn.init, or take them from history.params."
+            )
+        check_values(where, leaf)
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -42,24 +60,40 @@ def check_data(name: str, data: Any, cost: Any, params: Any) -> tuple[Array, ...
         raise TypeError(f"fit: {name} needs to be (X, y) or (X, y, sample_weight), got {got}.")
     names = [f"{part} of {name}" for part in ("X", "y", "sample_weight")]
     for part, array in zip(names, data, strict=False):
-        if not (hasattr(array, "dtype") and hasattr(array, "shape")):
-            raise TypeError(
-                f"fit: {part} needs to be an array, got {type(array).__name__}; use numpy.asarray."
-            )
+        if not all(hasattr(array, attribute) for attribute in ("dtype", "shape", "__array__")):
+            hint = "leave it out"
+            if array is not None:
+                hint = "use numpy.asarray, or .toarray() of a sparse matrix"
+            raise TypeError(f"fit: {part} needs to be an array, got {type(array).__name__}; {hint}.")
         if not array.shape:
             raise ValueError(f"fit: {part} needs examples along its first axis, got a scalar.")
     lengths = [array.shape[0] for array in data]
     if len(set(lengths)) > 1:
-        raise ValueError(f"fit: the arrays of {name} need one row per example, got {lengths} rows.")
+        raise ValueError(
+            f"fit: the arrays of {name} need one row per example, got {lengths} rows. "
+            "Is one of them transposed?"
+        )
     if lengths[0] == 0:
-        raise ValueError(f"fit: {name} is empty, X {data[0].shape}; training needs at least one example.")
+        raise ValueError(f"fit: {name} is empty, X {data[0].shape}; it needs at least one example.")
     for part, array in zip(names, data, strict=False):
-        check_values(part, np.asarray(array))
+        check_values(part, array)
     arrays = tuple(jnp.asarray(array) for array in data)
-    # Shapes and dtypes first: labels of the wrong shape have no values to speak of.
-    check_scalar("cost", lambda *batch: cost.forward(*batch)[0], params, arrays)
-    if hasattr(cost, "loss") and isinstance(params, tuple) and isinstance(params[-1], Layer):
-        check_labels(cost.loss, np.asarray(data[1]), params[-1].W.shape[0])
+    arguments = ("params", "X", "y", "sample_weight")[: 1 + len(data)]
+    check_rule_like("fit: cost", cost, *arguments, such_as="fnn.cost(net, loss)")
+    of_network = hasattr(cost, "loss") and isinstance(params, tuple) and isinstance(params[-1], Layer)
+    if of_network and arrays[0].ndim == 1:  # one example for the network, many rows for the shuffle
+        raise ValueError(
+            f"fit: X of {name} needs shape (N, n_0), examples as rows; got {arrays[0].shape}. "
+            "Did you mean X[:, None]?"
+        )
+    try:
+        # Shapes and dtypes first: labels of the wrong shape have no values to speak of.
+        check_scalar("cost", lambda *batch: cost.forward(*batch)[0], params, arrays)
+        if of_network:
+            check_labels(cost.loss, np.asarray(data[1]), params[-1].W.shape[0])
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is about the {name} given to fit.")
+        raise
     if len(data) == 3:
         weights = np.asarray(data[2])
         if (weights < 0).any() or not weights.any():
@@ -70,35 +104,74 @@ def check_data(name: str, data: Any, cost: Any, params: Any) -> tuple[Array, ...
     return arrays
 
 
-def check_values(what: str, array: np.ndarray) -> None:
+def check_values(what: str, array: Any) -> None:
     """Raises if values are NaN or infinite, or if JAX would change them in silence."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"fit: {what} needs to hold real numbers, got PRNG keys; they go to key=.")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"fit: {what} is a masked array; fill it, .filled(value), or drop those examples.")
+    array = np.asarray(array)
     dtype = array.dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype == np.bool_):
-        raise TypeError(f"fit: {what} needs to hold real numbers, got dtype {dtype}.")
+        hint = "Numbers of rows of one length become floats by .astype"
+        if dtype.kind in "US":
+            hint = "Names of classes become their numbers by numpy.unique(y, return_inverse=True)[1]"
+        raise TypeError(f"fit: {what} needs to hold real numbers, got dtype {dtype}. {hint}.")
+    if not dtype.isnative or dtype.itemsize > 8:
+        raise TypeError(
+            f"fit: {what} has dtype {dtype.str}, which JAX does not know: another byte order or more than "
+            "64 bits. Use .astype with a dtype such as float32 or int32."
+        )
     kept = jax.dtypes.canonicalize_dtype(dtype)
     if jnp.issubdtype(dtype, jnp.integer):
         limits = jnp.iinfo(kept)
         if array.size and (array.min() < limits.min or array.max() > limits.max):
             raise TypeError(
-                f"fit: {what} is {dtype} with numbers that do not fit {kept}, which JAX makes of it."
+                f"fit: {what} is {dtype} with numbers that do not fit {kept}, which JAX makes of it. "
+                'Use smaller ones, or jax.config.update("jax_enable_x64", True).'
             )
-    elif kept != dtype:
-        raise TypeError(
-            f"fit: {what} is {dtype}, which JAX would narrow to {kept} in silence. Use "
-            f'.astype("{kept}"), or jax.config.update("jax_enable_x64", True).'
-        )
+    check_not_narrowed(f"fit: {what}", dtype)
     wrong = ~np.isfinite(array)
     if wrong.any():
         first = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
             f"fit: {what} needs to be finite, got {array[first]} at index {first} "
-            f"({wrong.sum():,} of {wrong.size:,} values are NaN or infinite)."
+            f"({wrong.sum():,} of {wrong.size:,} values are NaN or infinite). Remove or replace them first."
         )
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"fit: {name} needs to be a positive integer, got {value!r}.")
+def check_hashable(what: str, value: Any) -> None:
+    """Raises TypeError unless compiled code can be kept for the value."""
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TypeError(
+            f"fit: {what} needs to be hashable, {error}. Make a dataclass of yours frozen, and put arrays "
+            "into params."
+        ) from None
+
+
+def check_count(where: str, name: str, value: Any) -> int:
+    if not is_count(value):
+        raise ValueError(f"{where}: {name} needs to be a positive integer, got {value!r}.")
+    return index(value)
+
+
+def check_batches(where: str, data: Any, batch_size: Any) -> int:
+    """The batch size as an int, after checking that the data have rows for it. Looks at shapes only."""
+    batch_size = check_count(where, "batch_size", batch_size)
+    lengths = [len(array) for array in data] if isinstance(data, tuple | list) else []
+    if not lengths or len(set(lengths)) > 1 or not lengths[0]:
+        got = f"arrays of {lengths} rows" if lengths else _outline(data)
+        raise ValueError(
+            f"{where}: data needs to be arrays (X, y) of one row for each example, at least one; got {got}."
+        )
+    if batch_size > lengths[0]:
+        raise ValueError(
+            f"{where}: batch_size {batch_size} is larger than the data, N = {lengths[0]}; "
+            f"for full batches use batch_size={lengths[0]}."
+        )
+    return batch_size
 
 
 def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
@@ -109,6 +182,16 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
             "fit: metrics needs to be a dict of name -> function (params, X, y) -> scalar, "
             f'such as {{"accuracy": fnn.accuracy(net)}}; got {metrics!r}.'
         )
+    for name, metric in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"fit: a metric's name needs to be a string, got {name!r}; use {str(name)!r}.")
+        check_hashable(f"the metric {name!r}", metric)
+        if not accepts(metric, "params", "X", "y"):
+            raise TypeError(
+                f"fit: the metric {name!r} needs to be a function (params, X, y) -> scalar, "
+                f"got {metric!r}, which takes other arguments. "
+                "If it makes a metric, call it, as fnn.accuracy(net)."
+            )
     if "cost" in metrics:
         raise ValueError('fit: the name "cost" is taken by the cost itself; give the metric another.')
     return tuple(metrics.items())
@@ -116,6 +199,9 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
 
 def check_scalar(what: str, function: Any, params: Any, data: Sequence[Array]) -> None:
     """Traces the function on the whole data's shapes, so that its own errors come first and alone."""
-    shape = jax.eval_shape(lambda *args: function(*args), params, *data).shape
-    if shape != ():
-        raise TypeError(f"fit: the {what} needs to be a scalar, got shape {shape}; take the mean.")
+    out = jax.eval_shape(lambda *args: function(*args), params, *data)
+    if getattr(out, "shape", None) != ():
+        shape = f"shape {out.shape}" if hasattr(out, "shape") else _outline(out)
+        raise TypeError(f"fit: the {what} needs to be a scalar, got {shape}; return one number, as the mean.")
+    if jnp.issubdtype(out.dtype, jnp.complexfloating):
+        raise TypeError(f"fit: the {what} needs to be real, got {out.dtype}; take jnp.real or jnp.abs.")

@@ -54,7 +54,9 @@ def softmax_cross_entropy_pullback(
 softmax_cross_entropy = Rule(softmax_cross_entropy_forward, softmax_cross_entropy_pullback)
 
 
-def softmax_cross_entropy_with_integer_labels_forward(Z: Float[Array, "*batch K"], y: Integer[Array, "*batch"]):
+def softmax_cross_entropy_with_integer_labels_forward(
+    Z: Float[Array, "*batch K"], y: Integer[Array, "*batch"]
+):
     r"""Cross-entropy of softmax(z) against a class number, one per example.
 
     C_n = -log p_y,  p = softmax(z)
@@ -403,7 +405,7 @@ def check_labels(loss: RuleLike, y: np.ndarray, n_outputs: int) -> None:
     Traceback (most recent call last):
         ...
     ValueError: softmax_cross_entropy_with_integer_labels: labels need to lie in 0..2, \
-one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
+one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside). Count classes from 0.
     """
     of_softmax = (softmax_cross_entropy, softmax_cross_entropy_with_integer_labels, categorical_cross_entropy)
     if loss in of_softmax and n_outputs < 2:
@@ -415,9 +417,11 @@ one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
     if loss == softmax_cross_entropy_with_integer_labels:
         wrong = (y < 0) | (y >= n_outputs)
         what = f"labels need to lie in 0..{n_outputs - 1}, one for each of the {n_outputs} outputs"
+        hint = "Count classes from 0."
     elif loss in (sigmoid_binary_cross_entropy, binary_cross_entropy):
         wrong = ~((y >= 0) & (y <= 1))
         what = "labels are probabilities and need to lie in [0, 1]"
+        hint = "Labels -1 and 1 become 0 and 1 by (y + 1) / 2."
     elif loss in (softmax_cross_entropy, categorical_cross_entropy):
         # Sums of rounded probabilities: K terms, each off by at most one rounding.
         rounding = float(jnp.finfo(y.dtype).eps) if jnp.issubdtype(y.dtype, jnp.floating) else 0.0
@@ -425,6 +429,7 @@ one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
         sums = y.astype(np.float64).sum(axis=-1, keepdims=True)
         wrong = ~((y >= 0) & (abs(sums - 1) <= slack))
         what = "labels are probabilities: at least 0, and every row needs to sum to 1"
+        hint = "Divide every row by its sum, y / y.sum(axis=-1, keepdims=True)."
     else:
         return
     if wrong.any():
@@ -432,5 +437,5 @@ one for each of the 3 outputs; got 3 at index 1 (2 of 3 are outside).
         place = first[0] if len(first) == 1 else first
         raise ValueError(
             f"{loss!r}: {what}; got {y[first]} at index {place} "
-            f"({wrong.sum():,} of {wrong.size:,} are outside)."
+            f"({wrong.sum():,} of {wrong.size:,} are outside). {hint}"
         )

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .activations import identity
-from .params import Params, check_params
-from .rules import RuleLike, check_rule_like
+from .params import Params, check_not_narrowed, check_params
+from .rules import RuleLike, check_adjoints, check_rule_like, is_array
 from .sweep import add_penalty, backpropagate_errors, layer_gradients
 
 
@@ -96,8 +97,8 @@ def mlp(activation: RuleLike | list[RuleLike] | tuple[RuleLike, ...], output: Ru
     """
     hidden = tuple(activation) if isinstance(activation, list | tuple) else activation
     for rule in hidden if isinstance(hidden, tuple) else (hidden,):
-        check_rule_like("mlp: an activation", rule)
-    check_rule_like("mlp: the output activation", output)
+        check_rule_like("mlp: an activation", rule, "z", such_as="fnn.relu or fnn.leaky_relu(0.01)")
+    check_rule_like("mlp: the output activation", output, "z", such_as="fnn.softmax")
     return Network(hidden, output)
 
 
@@ -124,6 +125,11 @@ class Cost:
     ) -> tuple[Float[Array, ""], CostResiduals]:
         A, network = self.net.forward(params, X)
         losses, loss = self.loss.forward(A, y)
+        if isinstance(self.net, Network) and jnp.shape(losses) != A.shape[:-1]:
+            raise ValueError(
+                f"cost: the loss needs to return one number per example, shape {A.shape[:-1]} for outputs "
+                f"{A.shape}; {self.loss!r} returned {jnp.shape(losses)}. The mean over them is the cost's."
+            )
         if losses.size == 0:
             raise ValueError(f"cost: the batch is empty, X {jnp.shape(X)}; it needs at least one example.")
         if sample_weight is None:
@@ -150,7 +156,8 @@ class Cost:
 
     def pullback(self, residuals: CostResiduals, C_bar: Float[Array, ""]) -> tuple[Any, ...]:
         """The adjoints of params, X and y, and of sample_weight if there was one."""
-        A_bar, y_bar = self.loss.pullback(residuals.loss, C_bar * residuals.weights)
+        loss_bars = self.loss.pullback(residuals.loss, C_bar * residuals.weights)
+        A_bar, y_bar = check_adjoints(self.loss, loss_bars, 2)
         params_bar, X_bar = self.net.pullback(residuals.network, A_bar)
         penalty = self.penalty_gradient(residuals.params)
         if penalty is not None:
@@ -194,18 +201,23 @@ def cost(net: RuleLike, loss: RuleLike, *, l2: float | Array = 0.0, reduction: s
     >>> cost(params, jnp.ones((4, 3)), jnp.array([0, 1, 1, 0])).shape
     ()
     """
-    check_rule_like("cost: the network", net)
-    check_rule_like("cost: the loss", loss)
+    check_rule_like("cost: the network", net, "params", "X", such_as="fnn.mlp(fnn.relu)")
+    check_rule_like("cost: the loss", loss, "a", "y", such_as="fnn.squared_error or fnn.huber_loss(1.0)")
+    if isinstance(loss, Network):
+        raise TypeError(
+            "cost: the network comes first, then the loss, as in fnn.cost(net, fnn.squared_error); "
+            f"got {loss!r} as the loss."
+        )
     if reduction not in ("mean", "weighted_mean"):
         raise ValueError(f'cost: reduction needs to be "mean" or "weighted_mean", got {reduction!r}.')
-    if not isinstance(l2, jax.Array):  # an array may be traced: a penalty per member under vmap
-        try:
-            number = float(l2)
-        except (TypeError, ValueError):
-            number = -1.0
-        if isinstance(l2, bool) or not 0 <= number < float("inf"):
-            raise ValueError(f"cost: l2 needs to be a finite number, at least 0; got {l2!r}.")
-        l2 = number
+    traced = isinstance(l2, Tracer)  # a penalty per member under vmap: its value is not known here
+    try:
+        number = 0.0 if traced and jnp.shape(l2) == () else float(l2)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if isinstance(l2, bool | str | bytes) or not 0 <= number < float("inf"):
+        raise ValueError(f"cost: l2 needs to be a finite number, at least 0, such as 1e-4; got {l2!r}.")
+    l2 = l2 if traced else number
     return Cost(net, loss, l2, reduction)
 
 
@@ -220,12 +232,14 @@ def _as(number: float | Array, like: Array) -> Array:
 
 def _check_inputs(params: Params, X: Any) -> None:
     n, dtype = params[0].W.shape[1], params[0].W.dtype
-    if not hasattr(X, "dtype"):
+    if not is_array(X):
         raise TypeError(f"mlp: X needs to be an array (N, {n}), got {type(X).__name__}; use jnp.asarray(X).")
     if X.ndim not in (1, 2) or X.shape[-1] != n:
         hint = "are params of another network?"
         if X.ndim > 2:
             hint = "flatten each example, X.reshape(len(X), -1)."
+        elif X.ndim < 2 and n == 1:
+            hint = "examples are rows; did you mean X.reshape(-1, 1)?"
         elif X.ndim == 2 and X.shape[0] == n:
             hint = "examples are rows; did you mean X.T?"
         raise ValueError(
@@ -237,16 +251,18 @@ def _check_inputs(params: Params, X: Any) -> None:
             f"mlp: X and params need the same dtype, got X {X.dtype} and params {dtype}. "
             f"Nothing is cast in silence: use X.astype({dtype}), or params of X's dtype."
         )
+    check_not_narrowed("mlp: X, as params,", dtype)
 
 
 def _check_sample_weight(sample_weight: Any, losses: Array) -> None:
-    if not hasattr(sample_weight, "dtype") or sample_weight.shape != losses.shape:
-        got = getattr(sample_weight, "shape", type(sample_weight).__name__)
+    if not is_array(sample_weight) or sample_weight.shape != losses.shape:
+        got = sample_weight.shape if is_array(sample_weight) else type(sample_weight).__name__
         raise ValueError(
-            f"cost: sample_weight needs one weight per example, shape {losses.shape}; got {got}."
+            f"cost: sample_weight needs to be an array with one weight per example, shape {losses.shape}; "
+            f"got {got}."
         )
     if sample_weight.dtype != losses.dtype:
         raise TypeError(
             f"cost: sample_weight needs the losses' dtype {losses.dtype}, got {sample_weight.dtype}; "
-            "use sample_weight.astype."
+            f"use sample_weight.astype({losses.dtype})."
         )

@@ -10,11 +10,14 @@ JAX's own with the axes set for weights of shape (n_out, n_in). Called from ther
 
 from collections.abc import Callable, Sequence
 from math import prod
+from operator import index
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from .rules import is_array
 
 
 class Layer(NamedTuple):
@@ -69,17 +72,22 @@ def init(
     [(128, 64), (10, 128)]
     """
     check_key("init", key)
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or len(sizes) < 2:
+    if isinstance(sizes, str | bytes) or not isinstance(sizes, Sequence) or len(sizes) < 2:
         raise ValueError(
             f"init: sizes needs the widths of input, hidden and output layers, such as (64, 128, 10); "
             f"got {sizes!r}."
         )
     for n in sizes:
-        if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
+        if not is_count(n):
             raise ValueError(f"init: sizes needs to hold positive integers, got {n!r} in {tuple(sizes)}.")
-    dtype = jnp.dtype(dtype or jnp.result_type(float))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"init: dtype needs to be a float dtype such as jnp.float32, got {dtype}.")
+    try:
+        dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    except TypeError:
+        raise TypeError(f"init: dtype needs to be one such as jnp.float32, got {dtype!r}.") from None
+    if dtype not in [jnp.dtype(name) for name in ("float32", "float64", "bfloat16", "float16")]:
+        raise TypeError(
+            f"init: dtype needs to be a float dtype of 16 to 64 bits, such as jnp.float32, got {dtype}."
+        )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(
             f'init: dtype {dtype} needs 64-bit JAX: call jax.config.update("jax_enable_x64", True) first, '
@@ -103,9 +111,13 @@ def _initialise(what: str, name: str, initializer: Initializer, key, shape, dtyp
         )
     try:
         array = initializer(key, shape, dtype)
-    except ValueError as error:
-        raise ValueError(f"init: the initialiser of {what}, shape {shape}, failed: {error}") from error
-    if not hasattr(array, "dtype"):
+    except (TypeError, ValueError, IndexError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        hint = "It needs to be a function (key, shape, dtype) -> array such as fnn.he_normal"
+        if len(shape) == 1:
+            hint = "Those that count inputs have no meaning for a bias; use fnn.zeros"
+        raise kind(f"init: the initialiser of {what}, shape {shape}, failed: {error}. {hint}.") from error
+    if not is_array(array):
         raise TypeError(
             f"init: the initialiser of {what} returned no array but {array!r}. Those of jax.nn.initializers "
             "are made by a call, such as he_normal(in_axis=-1, out_axis=-2)."
@@ -158,24 +170,34 @@ def check_params(where: str, params: Any) -> None:
     Looks at shapes and dtypes only, so it costs nothing in compiled code.
     """
     if not isinstance(params, tuple) or not params or not all(isinstance(l, Layer) for l in params):
+        hint = "Convert pairs with tuple(fnn.Layer(W, b) for W, b in pairs)."
+        if isinstance(params, Layer):
+            hint = "A single layer is the tuple (layer,)."
         raise TypeError(
             f"{where}: params needs to be a tuple of fnn.Layer(W, b), as fnn.init makes; "
-            f"got {_outline(params)}. Convert pairs with tuple(fnn.Layer(W, b) for W, b in pairs)."
+            f"got {_outline(params)}. {hint}"
         )
     first = params[0].W
     for l, (W, b) in enumerate(params, start=1):
-        if not hasattr(W, "dtype") or not jnp.issubdtype(W.dtype, jnp.floating):
-            raise TypeError(f"{where}: W of layer {l} needs to be a float array, got {_outline(W)}.")
-        if W.ndim != 2:
-            raise ValueError(
-                f"{where}: W of layer {l} needs shape (n_out, n_in), got {W.shape}. "
-                "Parameters of many networks along a leading axis go through jax.vmap."
+        if not is_array(W) or not jnp.issubdtype(W.dtype, jnp.floating):
+            raise TypeError(
+                f"{where}: W of layer {l} needs to be a float array, got {_outline(W)}; "
+                "use jnp.asarray(W, float)."
             )
+        if W.ndim != 2:
+            hint = "W of a single output is (1, n_in)."
+            if W.ndim > 2:
+                hint = "Parameters of many networks along a leading axis go through jax.vmap."
+            raise ValueError(f"{where}: W of layer {l} needs shape (n_out, n_in), got {W.shape}. {hint}")
         if not prod(W.shape):
             raise ValueError(f"{where}: W of layer {l} is empty, {W.shape}; widths need to be at least 1.")
-        if b is not None and (not hasattr(b, "dtype") or b.shape != W.shape[:1]):
+        if b is not None and (not is_array(b) or b.shape != W.shape[:1]):
+            hint = "A layer without bias has b=None."
+            if is_array(b) and b.shape == W.shape[1:]:
+                hint = "W is (n_out, n_in): is it transposed?"
             raise ValueError(
-                f"{where}: b of layer {l} needs shape {W.shape[:1]}, as W's rows; got {_outline(b)}."
+                f"{where}: b of layer {l} needs to be an array of shape {W.shape[:1]}, as W's rows; "
+                f"got {_outline(b)}. {hint}"
             )
         for name, array in (("W", W), ("b", b)):
             if array is not None and array.dtype != first.dtype:
@@ -190,11 +212,31 @@ def check_params(where: str, params: Any) -> None:
             )
 
 
+def is_count(n: Any) -> bool:
+    """Whether n is a positive integer, Python's or NumPy's; True is none."""
+    try:
+        return not isinstance(n, bool) and index(n) >= 1
+    except TypeError:
+        return False
+
+
+def check_not_narrowed(what: str, dtype: Any) -> None:
+    """Raises TypeError if JAX would narrow an array of this float dtype; `what` begins the message."""
+    kept = jax.dtypes.canonicalize_dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and kept != dtype:
+        raise TypeError(
+            f"{what} is {dtype}, which JAX would narrow to {kept} in silence. Use "
+            f'.astype("{kept}"), or jax.config.update("jax_enable_x64", True).'
+        )
+
+
 def check_key(where: str, key: Any) -> None:
     """Raises TypeError unless `key` is one of JAX's PRNG keys, of either style."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if (typed and shape == ()) or (not typed and dtype == jnp.uint32 and len(shape or ()) == 1):
+    if typed and shape == ():
+        return
+    if not typed and dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
         return
     hint = "of many keys, take one, or use jax.vmap" if typed else "make one with jax.random.key(seed)"
     raise TypeError(f"{where}: key needs to be one PRNG key of JAX, got {_outline(key)}; {hint}.")
@@ -204,4 +246,6 @@ def _outline(x: Any) -> str:
     """What an argument is, in few words: dtype and shape of an array, otherwise its type."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{x.dtype} {tuple(x.shape)}"
+    if isinstance(x, tuple) and not x:
+        return "()"
     return repr(x) if isinstance(x, int | float | str | None) else type(x).__name__

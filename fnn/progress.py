@@ -1,47 +1,55 @@
 """A progress bar over epochs: live with rich in a terminal, a few plain lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 LINES = 10  # plain lines for a whole run, so that a log stays readable
 
+Show = Callable[[int, Sequence[float], Sequence[float]], None]  # (epoch, training's numbers, validation's)
+
 
 @contextmanager
-def progress_bar(epochs: int, *, show: bool) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Yields a function to call after every epoch with its number, from 1, and the numbers to show.
+def progress_bar(epochs: int, names: Sequence[str], *, show: bool) -> Iterator[Show]:
+    """Yields a function to call after every epoch, counted from 1, with the numbers of those names.
 
-    Written to standard error, as results go to standard output.
+    Numbers of the validation data stand in brackets after those of the training data. Written to standard
+    error, as results go to standard output.
     """
+
+    def text(train: Sequence[float], validation: Sequence[float]) -> str:
+        held_out = [f" ({number:.4f})" for number in validation] or [""] * len(train)
+        numbers = zip(names, train, held_out, strict=True)
+        return "  ".join(f"{name} {number:.4f}{bracket}" for name, number, bracket in numbers)
+
+    def line(epoch: int, train: Sequence[float], validation: Sequence[float]) -> None:
+        if epoch in (1, epochs) or epoch % -(-epochs // LINES) == 0:
+            width = len(str(epochs))
+            print(f"epoch {epoch:>{width}}/{epochs}  {text(train, validation)}", file=sys.stderr, flush=True)
+
     if not show:
-        yield lambda epoch, numbers: None
+        yield lambda epoch, train, validation: None
         return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
     except ImportError:  # rich is in the extra `experiments`
-        yield lambda epoch, numbers: _line(epoch, epochs, numbers)
+        yield line
         return
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda epoch, numbers: _line(epoch, epochs, numbers)
+        yield line
         return
     columns = (
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        # Where the terminal is narrow, the numbers are cut and the bar stays.
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=epochs, numbers="compiling")
-        yield lambda epoch, numbers: bar.update(task, completed=epoch, numbers=_text(numbers))
-
-
-def _line(epoch: int, epochs: int, numbers: Mapping[str, float]) -> None:
-    if epoch in (1, epochs) or epoch % -(-epochs // LINES) == 0:
-        print(f"epoch {epoch:>{len(str(epochs))}}/{epochs}  {_text(numbers)}", file=sys.stderr, flush=True)
-
-
-def _text(numbers: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        yield lambda epoch, train, validation: bar.update(
+            task, completed=epoch, numbers=text(train, validation)
+        )

@@ -77,8 +77,11 @@ class Rule:
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is an array of JAX's, traced or not, or of NumPy's; much else has a dtype and a shape."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
+    """Whether x is an array of JAX's, traced or not, or of NumPy's; much else has a dtype and a shape.
+
+    Masked arrays are none: JAX would use the numbers behind the mask.
+    """
+    return isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray)
 
 
 def accepts(function: Callable, *arguments: Any) -> bool:
@@ -168,10 +171,9 @@ def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable
                 f"value_and_grad: {rule!r} needs to return a scalar, got shape {jnp.shape(value)}. "
                 "Make a cost of it with fnn.cost, or start from a cotangent of your own with rule.pullback."
             )
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise TypeError(
-                f"value_and_grad: {rule!r} needs to return a float, got {jnp.result_type(value)}; pass floats."
-            )
+        dtype = jnp.result_type(value)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"value_and_grad: {rule!r} needs to return a float, got {dtype}; pass floats.")
         adjoints = check_adjoints(rule, rule.pullback(residuals, jnp.ones_like(value)))
         gradients = []
         for i in positions:

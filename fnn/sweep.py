@@ -67,9 +67,10 @@ def backprop(cost: Any, params: Params, X: Array, y: Array, sample_weight: Array
     >>> [a.shape for a in sweep.inputs], [delta.shape for delta in sweep.errors]
     ([(4, 3), (4, 5)], [(4, 5), (4, 2)])
     """
-    if not all(hasattr(cost, part) for part in ("net", "loss", "penalty_gradient")):
+    made_by_cost = all(hasattr(cost, part) for part in ("net", "loss", "penalty_gradient"))
+    if not made_by_cost or not hasattr(cost.net, "activations"):
         raise TypeError(
-            f"backprop: cost needs to be made by fnn.cost, got {cost!r}. "
+            f"backprop: cost needs to be made by fnn.cost, of a network made by fnn.mlp; got {cost!r}. "
             "For any other rule call its forward and pullback."
         )
     _, residuals = cost.forward(params, X, y, sample_weight)
@@ -99,6 +100,11 @@ def gradient(sweep: Sweep) -> Params:
     >>> jax.tree.map(jnp.shape, fnn.gradient(sweep)[0])
     Layer(W=(5, 3), b=(5,))
     """
+    if not isinstance(sweep, Sweep):
+        raise TypeError(
+            f"gradient: needs a sweep, as fnn.backprop makes, got {type(sweep).__name__}. "
+            "For the gradient of a cost use fnn.value_and_grad(cost)."
+        )
     errors = tuple(sweep.weights[..., None] * delta for delta in sweep.errors)
     layers = layer_gradients(sweep.inputs, errors, sweep.has_bias)
     return add_penalty(layers, sweep.penalty)

@@ -10,7 +10,7 @@ Optimisers are optax's; the gradient is the cost's own pullback.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +20,19 @@ import optax
 from jaxtyping import Array, Float
 
 from .arguments import (
+    check_batches,
     check_count,
     check_data,
+    check_hashable,
     check_metrics,
+    check_not_traced,
     check_optimizer,
     check_params_values,
     check_scalar,
 )
-from .params import check_key
+from .params import _outline, check_key, check_not_narrowed
 from .progress import progress_bar
-from .rules import RuleLike, as_custom_vjp, check_rule_like, value_and_grad
+from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
 
 Metric = Callable[..., Array]  # (params, X, y) -> scalar
 
@@ -44,9 +47,18 @@ class TrainState(NamedTuple):
 
 
 def train_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
-    """The state before the first step. Arrays are copied: an epoch reuses the memory of the state it gets."""
-    params, key = jax.tree.map(partial(jnp.array, copy=True), (params, key))
-    return TrainState(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
+    """The state before the first step.
+
+    Every array is a copy of its own, as an epoch reuses the memory of the state that it gets, and optimisers
+    such as `optax.lbfgs` begin with the parameters themselves in their state.
+    """
+    check_optimizer("train_state", optimizer)
+    check_key("train_state", key)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if hasattr(leaf, "dtype"):
+            check_not_narrowed(f"train_state: params{jax.tree_util.keystr(path)}", leaf.dtype)
+    state = TrainState(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
+    return jax.tree.map(partial(jnp.array, copy=True), state)
 
 
 def train_step(
@@ -65,6 +77,11 @@ def train_step(
     >>> print(C, state.params[0].W, state.params[0].b)
     2.0 [[-1.]] [-1.]
     """
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            "train_step: state needs to be a TrainState, as fnn.train_state makes, "
+            f"got {type(state).__name__}."
+        )
     C, gradient = value_and_grad(cost)(state.params, *batch)
     value_of = as_custom_vjp(cost)
     updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
@@ -91,6 +108,7 @@ def train_epoch(
 
     The memory of `state` is reused: go on with the one returned.
     """
+    batch_size = check_batches("train_epoch", data, batch_size)
     N = len(data[0])
     key, shuffle_key = jax.random.split(state.key)
     order = jax.random.permutation(shuffle_key, N)
@@ -107,7 +125,6 @@ def train_epoch(
     return state, costs
 
 
-@cache
 def accuracy(net: RuleLike) -> Metric:
     """The fraction of examples that a classifier gets right: a metric (params, X, y) -> scalar.
 
@@ -120,17 +137,26 @@ def accuracy(net: RuleLike) -> Metric:
     >>> print(fnn.accuracy(fnn.mlp([]))(params, X, jnp.array([0, 1, 1, 1])))
     0.75
     """
-    check_rule_like("accuracy: the network", net)
+    check_rule_like("accuracy: the network", net, "params", "X", such_as="fnn.mlp(fnn.relu)")
+    return _accuracy(net)
 
+
+@cache
+def _accuracy(net: RuleLike) -> Metric:
     def fraction_right(params, X, y):
         outputs, _ = net.forward(params, X)
-        labels = y if jnp.issubdtype(y.dtype, jnp.integer) else jnp.argmax(y, axis=-1)
-        if labels.shape != outputs.shape[:-1] or outputs.shape[-1] < 2:
+        classes = is_array(y) and jnp.issubdtype(y.dtype, jnp.integer)
+        shape = outputs.shape[:-1] if classes else outputs.shape
+        if not is_array(y) or y.shape != shape or outputs.shape[-1] < 2 or not outputs.size:
             raise ValueError(
                 "accuracy: needs two outputs or more, and class numbers (N,) or probabilities (N, K); "
-                f"got outputs {outputs.shape} and y {y.dtype} {y.shape}."
+                f"got outputs {outputs.shape} and y {_outline(y)}. Class numbers are integers, "
+                "y.astype(int), and no column, y[:, 0]; for a single output write a metric of your own."
             )
-        return jnp.mean(jnp.argmax(outputs, axis=-1).astype(labels.dtype) == labels, dtype=jnp.float32)
+        labels = y if classes else jnp.argmax(y, axis=-1)
+        answers = jnp.argmax(outputs, axis=-1)
+        # The labels get the answers' dtype: an answer in the dtype of uint8 labels would wrap at 256.
+        return jnp.mean(answers == labels.astype(answers.dtype), dtype=jnp.float32)
 
     return fraction_right
 
@@ -197,44 +223,49 @@ def fit(
     >>> print(history.params[0].W.round(3))
     [[ 1.  -2.   0.5]]
     """
-    check_rule_like("fit: cost", cost)
-    check_optimizer(optimizer)
+    check_rule_like("fit: cost", cost, such_as="fnn.cost(net, loss)")
+    check_hashable("cost", cost)
+    check_not_traced(params, key, data, validation)
+    check_optimizer("fit", optimizer)
+    check_hashable("optimizer", optimizer)
     check_key("fit", key)
-    check_count("epochs", epochs)
-    check_count("batch_size", batch_size)
+    epochs = check_count("fit", "epochs", epochs)
+    batch_size = check_count("fit", "batch_size", batch_size)
     params = check_params_values(params)
     data = check_data("data", data, cost, params)
     validation = None if validation is None else check_data("validation", validation, cost, params)
-    if batch_size > len(data[0]):
-        raise ValueError(
-            f"fit: batch_size {batch_size} is larger than the data, N = {len(data[0])}; "
-            f"for full batches use batch_size={len(data[0])}."
-        )
+    check_batches("fit", data, batch_size)
     named_metrics = check_metrics(metrics)
     for name, metric in named_metrics:
         check_scalar(f"metric {name!r}", metric, params, data[:2])
 
+    run_epoch = _compiled_epoch(cost, optimizer, tuple(metric for _, metric in named_metrics), batch_size)
+    names = ("cost", *(name for name, _ in named_metrics))
     state = train_state(optimizer, params, key)
-    rows: list[tuple[dict, dict, float]] = []
+    train, held_out, seconds = [], [], []
 
     def history(params):
-        train, held_out, seconds = zip(*rows, strict=True) if rows else ((), (), ())
-        return History(params, _columns(train), _columns(held_out), np.array(seconds, float))
+        return History(params, _columns(names, train), _columns(names, held_out), np.array(seconds, float))
 
-    with progress_bar(epochs, show=progress) as show:
+    with progress_bar(epochs, names, show=progress) as show:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
-            result = _epoch(cost, optimizer, named_metrics, batch_size, state, data, validation)
-            state, costs, is_finite, before, train, held_out = result
-            costs, is_finite, train, held_out = jax.device_get((costs, is_finite, train, held_out))
+            state, before, *results = run_epoch(state, data, validation)
+            costs, is_finite, *numbers = jax.device_get(results)
             if not (is_finite and np.isfinite(costs).all()):
                 raise DivergenceError(_divergence(costs, epoch), history(before))
-            rows.append((train, held_out, time.perf_counter() - start))
-            show(epoch, train | {f"validation {name}": number for name, number in held_out.items()})
+            for rows, row in zip((train, held_out), numbers, strict=True):
+                rows.append([float(number) for number in row])
+            seconds.append(time.perf_counter() - start)
+            show(epoch, train[-1], held_out[-1])
     return history(state.params)
 
 
-@partial(jax.jit, static_argnames=("cost", "optimizer", "metrics", "batch_size"), donate_argnames="state")
+@lru_cache(maxsize=16)  # runs kept compiled; a search over thousands of optimisers would fill the memory
+def _compiled_epoch(cost, optimizer, metrics, batch_size):
+    return jax.jit(partial(_epoch, cost, optimizer, metrics, batch_size), donate_argnums=0)
+
+
 def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
     """An epoch and its evaluation as one program, so that a run compiles once.
 
@@ -246,18 +277,20 @@ def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
     sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
     # In at least float32: a mean of bfloat16 costs would show three digits.
     wide = costs if jnp.finfo(costs.dtype).bits >= 32 else costs.astype(jnp.float32)
-    train = {"cost": jnp.sum(wide * jnp.asarray(sizes / N, wide.dtype))}
-    train |= {name: metric(state.params, *data[:2]) for name, metric in metrics}
-    held_out = {}
+    train = [jnp.sum(wide * jnp.asarray(sizes / N, wide.dtype))]
+    train += [metric(state.params, *data[:2]) for metric in metrics]
+    held_out = []
     if validation is not None:
-        held_out = {"cost": cost.forward(state.params, *validation)[0]}
-        held_out |= {name: metric(state.params, *validation[:2]) for name, metric in metrics}
-    return state, costs, is_finite, before, train, held_out
+        held_out = [cost.forward(state.params, *validation)[0]]
+        held_out += [metric(state.params, *validation[:2]) for metric in metrics]
+    return state, before, costs, is_finite, train, held_out
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    names = rows[0] if rows else ()
-    return {name: np.array([row[name] for row in rows], float) for name in names}
+def _columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+    """name -> its numbers, one for each epoch; none where there is no such data."""
+    if rows and not rows[0]:
+        return {}
+    return {name: np.array([row[i] for row in rows], float) for i, name in enumerate(names)}
 
 
 def _divergence(costs: np.ndarray, epoch: int) -> str:

@@ -795,6 +795,9 @@ GOOD: dict[str, Callable[[], Any]] = {
         }
     ),
     "no metrics": lambda: fit(metrics={}),
+    "accuracy of int64 labels of NumPy without x64": lambda: without_x64(
+        lambda: fnn.accuracy(NET)(PARAMS, X, y)
+    ),
     "accuracy of one-hot labels": lambda: fnn.accuracy(NET)(PARAMS, X, P),
     "accuracy of one-hot booleans": lambda: fnn.accuracy(NET)(PARAMS, X, P > 0),
     "l2 an array of JAX's, in a static cost": lambda: jax.jit(
@@ -822,13 +825,19 @@ def test_right_input_next_to_the_bad_is_accepted(name):
     assert all(bool(jnp.isfinite(array).all()) for array in arrays)
 
 
+def test_accuracy_does_not_take_answer_256_for_label_0_of_a_byte():
+    answers = np.eye(300, dtype=np.float32)[[256, 44]]
+    params = (fnn.Layer(np.eye(300, dtype=np.float32)),)
+    assert fnn.accuracy(LINEAR)(params, answers, np.array([0, 44], np.uint8)) == 0.5
+
+
 def test_learning_rate_nan_is_named_as_the_suspect():
     with pytest.raises(
         fnn.DivergenceError, match=r"in epoch 1 the cost became nan at step 2 of 2.*learning rate"
     ) as caught:
         fit(optimizer=OF_NAN)
     history = caught.value.history
-    assert len(history.seconds) == 0 and history.train == {}
+    assert len(history.seconds) == 0 and not any(len(numbers) for numbers in history.train.values())
     assert_same_params(history.params, PARAMS)
 
 
