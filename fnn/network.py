@@ -79,7 +79,7 @@ class Network:
         return self.forward(params, X)[0]
 
 
-def mlp(activation: RuleLike | list[RuleLike] | tuple[RuleLike, ...], output: RuleLike = identity) -> Network:
+def mlp(activation: RuleLike | list[Any] | tuple[RuleLike, ...], output: RuleLike = identity) -> Network:
     """A fully connected network: a rule (params, X) -> a^L for `params` of any depth and widths.
 
     activation: one rule for all hidden layers, or a list with one for each; [] for a single layer

@@ -198,8 +198,8 @@ def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
 
     Use it inside other people's JAX code. Arguments are positional.
 
-    >>> import fnn, jax
-    >>> print(jax.grad(fnn.as_custom_vjp(fnn.softplus))(0.0))
+    >>> import fnn, jax, jax.numpy as jnp
+    >>> print(jax.grad(fnn.as_custom_vjp(fnn.softplus))(jnp.float32(0)))
     0.5
     """
     check_rule_like("as_custom_vjp: the rule", rule)

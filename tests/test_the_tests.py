@@ -1,7 +1,7 @@
 """Do the tests catch what people get wrong? Faults are planted in a copy of the package's source, one at a
 time, and the same properties that guard the package must fail on the copy.
 
-`python -m pytest tests/test_the_tests.py -s` prints the score.
+`python -m pytest tests/test_the_tests.py -n 0 -s` prints the score.
 """
 
 import importlib

@@ -1,5 +1,7 @@
 """Every example once an epoch, in a fresh order; compiled once; the same to the last bit; any optimiser."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def problem(N=37, dtype="float64"):
 
 
 def fit(cost, optimizer, params, data, **options):
-    defaults = dict(key=jax.random.key(2), epochs=3, batch_size=8, progress=False)
+    defaults: dict[str, Any] = dict(key=jax.random.key(2), epochs=3, batch_size=8, progress=False)
     return fnn.fit(cost, optimizer, params, data, **(defaults | options))
 
 
@@ -109,7 +111,7 @@ def test_history_has_a_number_for_each_epoch():
     assert history.seconds.shape == (3,) and (history.seconds > 0).all()
     # The last row belongs to the parameters returned.
     np.testing.assert_allclose(history.validation["cost"][-1], cost(history.params, *held_out), rtol=1e-12)
-    right = (cost.net(history.params, X[:30]).argmax(axis=1) == y[:30]).mean()
+    right = (cost.net.forward(history.params, X[:30])[0].argmax(axis=1) == y[:30]).mean()
     np.testing.assert_allclose(history.train["accuracy"][-1], right, rtol=1e-6)
 
 
@@ -167,9 +169,9 @@ def count_compilations(function):
     """How many programs XLA compiles while the function runs."""
     events = []
 
-    def listen(event, duration, **_):
+    def listen(event, duration_secs, **kwargs):
         if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
+            events.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
