@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -11,7 +12,10 @@ import tests.typechecker
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if "MUTANT_UNDER_TEST" not in os.environ:  # mutmut: checking the types of every mutant costs minutes
+if "MUTANT_UNDER_TEST" in os.environ:  # mutmut: a mutant is dead at its first failure, however large
+    hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate], database=None)
+    hypothesis.settings.load_profile("mutants")
+else:  # checking the types of every mutant would cost minutes
     jaxtyping.install_import_hook("fnn", f"{tests.typechecker.__name__}.check")
 
 
