@@ -32,7 +32,7 @@ def test_value_and_grad_reads_like_jax():
     cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
     params = fnn.init(jax.random.key(0), (3, 5, 4, 2))
     X, y = jax.random.normal(jax.random.key(1), (6, 3)), jax.random.normal(jax.random.key(2), (6, 2))
-    for argnums in (0, 1, -1, (0, 1), (2,)):
+    for argnums in (0, 1, -1, -3, (0, 1), (2,)):
         ours = fnn.value_and_grad(cost, argnums)(params, X, y)
         theirs = jax.value_and_grad(cost, argnums)(params, X, y)
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -47,6 +47,11 @@ def test_value_and_grad_takes_sample_weight_by_name():
     by_name = fnn.value_and_grad(cost)(params, X, y, sample_weight=w)
     by_place = fnn.value_and_grad(cost)(params, X, y, w)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), by_name, by_place))
+
+
+def test_rule_passes_named_arguments_to_its_forward():
+    power = fnn.Rule(lambda x, n=2: (x**n, x), lambda x, y_bar: (y_bar * 2 * x,))
+    assert power(3.0) == 9.0 and power(3.0, n=3) == 27.0
 
 
 def test_rule_shows_its_name_and_its_forward_docstring():
