@@ -10,13 +10,10 @@ the test digits are read correctly: 98.6 % on average over seeds 0 to 39, 97.5 %
 figure, digits.png beside this file, shows the training and the mistakes. Needs the extra `experiments`.
 """
 
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
-from pathlib import Path
+from math import inf
 from typing import Annotated, Any, Literal
 
 import jax
@@ -26,12 +23,14 @@ import optax
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import fnn
+from experiments import command
+from experiments.command import expect
+from experiments.figures import new_figure
 
 Data = tuple[np.ndarray, np.ndarray]  # X (N, 64) float32, y (N,) int32
 
@@ -49,7 +48,7 @@ COLUMNS, MAX_ROWS = 10, 2  # of the figure's grid of mistakes
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(command.Flags):
     """Trains a network on handwritten digits, with the backward pass derived by hand."""
 
     widths: tuple[int, ...] = (512, 256)
@@ -68,35 +67,19 @@ class Flags:
     """Times that training goes through the data."""
     l2: float = 0.0
     """Factor λ of the penalty ½ λ ‖W‖² on the weights."""
-    seed: int = 0
-    """Decides the split of the data, the first weights and the order of the examples."""
-    output: Annotated[Path, tyro.conf.arg(help_behavior_hint="(default: digits.png beside the script)")] = (
-        Path(__file__).with_suffix(".png")
-    )
-    """Where the figure goes: .png, .svg or .pdf."""
     quick: bool = False
     """At most 5 epochs, for a first look."""
 
-
-def check(flags: Flags) -> None:
-    """Raises ValueError unless every flag has a value that can work."""
-
-    def expect(flag: str, what: str, got: Any, is_right: bool) -> None:
-        if not is_right:
-            raise ValueError(f"{flag} needs to be {what}, got {got}.")
-
-    for width in flags.widths:
-        expect("--widths", "integers of at least 1", width, width >= 1)
-    rate = flags.learning_rate
-    expect("--learning-rate", "a finite number above 0", rate, rate is None or (isfinite(rate) and rate > 0))
-    what = f"an integer from 1 to {TRAINING_DIGITS}, the number of training digits"
-    expect("--batch-size", what, flags.batch_size, 1 <= flags.batch_size <= TRAINING_DIGITS)
-    expect("--epochs", "an integer of at least 1", flags.epochs, flags.epochs >= 1)
-    expect("--l2", "a finite number of at least 0", flags.l2, isfinite(flags.l2) and flags.l2 >= 0)
-    # A larger seed would be cut to 32 bits in silence: jax.random.key(2**32) is key(0).
-    expect("--seed", "an integer from 0 to 2**32 - 1", flags.seed, 0 <= flags.seed < 2**32)
-    is_image = flags.output.suffix in (".png", ".svg", ".pdf") and flags.output.parent.is_dir()
-    expect("--output", "a .png, .svg or .pdf file in an existing folder", flags.output, is_image)
+    def check(self) -> None:
+        super().check()
+        for width in self.widths:
+            expect("--widths", "integers of at least 1", width, width >= 1)
+        rate = self.learning_rate
+        expect("--learning-rate", "a finite number above 0", rate, rate is None or 0 < rate < inf)
+        what = f"an integer from 1 to {TRAINING_DIGITS}, the number of training digits"
+        expect("--batch-size", what, self.batch_size, 1 <= self.batch_size <= TRAINING_DIGITS)
+        expect("--epochs", "an integer of at least 1", self.epochs, self.epochs >= 1)
+        expect("--l2", "a finite number of at least 0", self.l2, 0 <= self.l2 < inf)
 
 
 def load(seed: int) -> tuple[Data, Data]:
@@ -182,11 +165,9 @@ def draw(history: fnn.History, X: np.ndarray, y: np.ndarray, probabilities: np.n
     rows = min(-(-len(wrong) // COLUMNS), MAX_ROWS)
 
     heights = (3.3, 0.4 + 1.35 * rows)
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
-    figure = Figure(figsize=(9, 0.4 + sum(heights)), dpi=150, layout=layout)
     right = len(y) - len(wrong)
     finding = f"{right} of {len(y)} digits not seen in training are read correctly ({right / len(y):.1%})"
-    figure.suptitle(finding, weight="bold")
+    figure = new_figure(finding, 9, 0.4 + sum(heights))
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
     cost_axes, accuracy_axes = top.subplots(1, 2)
     _draw_curves(cost_axes, history, "cost")
@@ -230,8 +211,8 @@ def _draw_mistakes(panel: SubFigure, X, y, answers, surety, rows: int) -> None:
         axes.set_title(f"{y[n]} → {answers[n]}\n{surety[n]:.0%}", fontsize=10)
 
 
-def run(flags: Flags) -> None:
-    """The whole experiment: prints its findings and writes the figure."""
+def run(flags: Flags) -> Figure:
+    """The whole experiment: prints its findings and draws them."""
     start = time.perf_counter()
     (X_train, y_train), (X_test, y_test) = load(flags.seed)
     data = standardised(X_train, X_train), y_train
@@ -247,25 +228,16 @@ def run(flags: Flags) -> None:
     )
     history = train(flags, net, cost, params, data, test)
     probabilities = np.asarray(fnn.softmax(net(history.params, jnp.asarray(test[0]))))
-    draw(history, X_test, y_test, probabilities).savefig(flags.output)
+    figure = draw(history, X_test, y_test, probabilities)
     accuracy, test_accuracy = history.train["accuracy"][-1], history.validation["accuracy"][-1]
     print(f"\nAccuracy: {accuracy:.2%} of the training digits, {test_accuracy:.2%} of the test digits")
     seconds, in_all = history.seconds.sum(), time.perf_counter() - start
     print(f"Time:     {seconds:.1f} s of training, {in_all:.1f} s with the check and the figure")
-    print(f"Figure:   {os.path.relpath(flags.output)}")
+    return figure
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    flags = tyro.cli(Flags, args=args, prog="python -m experiments.digits")
-    try:
-        check(flags)
-    except ValueError as error:
-        print(f"digits: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        run(flags)
-    except fnn.DivergenceError as error:
-        raise SystemExit(f"digits: {error}") from None
+    command.main(__file__, Flags, run, args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .rules import is_array
+from .tables import aligned
 
 
 class Layer(NamedTuple):
@@ -135,10 +136,10 @@ def summary(params: Params) -> str:
 
     >>> import fnn, jax
     >>> print(fnn.summary(fnn.init(jax.random.key(0), (64, 128, 10))))
-    layer    W          b       dtype      parameters
-        1    (128, 64)  (128,)  float32         8,320
-        2    (10, 128)  (10,)   float32         1,290
-    total                       37.54 KiB       9,610
+    layer  W          b       dtype      parameters
+        1  (128, 64)  (128,)  float32         8,320
+        2  (10, 128)  (10,)   float32         1,290
+    total                     37.54 KiB       9,610
     """
     check_params("summary", params)
     size = sum(array.size for array in jax.tree.leaves(params))
@@ -149,11 +150,7 @@ def summary(params: Params) -> str:
         count = sum(array.size for array in jax.tree.leaves(layer))
         rows.append((str(l), str(layer.W.shape), b, str(layer.W.dtype), f"{count:,}"))
     rows.append(("total", "", "", _bytes(n_bytes), f"{size:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        f"{l:>{widths[0]}}    {W:<{widths[1]}}  {b:<{widths[2]}}  {dtype:<{widths[3]}}  {count:>{widths[4]}}"
-        for l, W, b, dtype, count in rows
-    )
+    return aligned(rows, "><<<>")
 
 
 def _bytes(n: float) -> str:

@@ -134,7 +134,7 @@ def test_figure_shows_the_surest_mistakes_and_says_how_many(epochs, mistakes, sh
         ("--l2 -0.5", "at least 0", "-0.5"),
         ("--l2 nan", "at least 0", "nan"),
         ("--output nowhere/figure.png", "an existing folder", "nowhere/figure.png"),
-        ("--output figure.txt", "a .png, .svg or .pdf file", "figure.txt"),
+        ("--output figure.txt", "a .png or .svg or .pdf file", "figure.txt"),
     ),
 )
 def test_bad_flag_is_one_line_that_says_what_was_expected_and_what_came(flags, expected, got, capsys):
@@ -162,8 +162,8 @@ def test_run_that_diverges_says_so_and_leaves_no_figure(standard_promotion, tmp_
 
 
 def test_default_flags_are_good_and_every_optimiser_has_its_rate():
-    digits.check(digits.Flags())
-    digits.check(digits.Flags(widths=(), learning_rate=0.5, seed=2**32 - 1, batch_size=1437))
+    digits.Flags().check()
+    digits.Flags(widths=(), learning_rate=0.5, seed=2**32 - 1, batch_size=1437).check()
     for make, rate in digits.OPTIMIZERS.values():
         assert rate > 0 and callable(make(rate).update)
 
