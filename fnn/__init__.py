@@ -1,5 +1,6 @@
 """Feed-forward networks in JAX with the backward pass derived by hand."""
 
+from . import gates as gates
 from .activations import elu as elu
 from .activations import gelu as gelu
 from .activations import gelu_tanh as gelu_tanh
@@ -11,6 +12,20 @@ from .activations import silu as silu
 from .activations import softmax as softmax
 from .activations import softplus as softplus
 from .activations import tanh as tanh
+from .chain_rule import Chain as Chain
+from .chain_rule import JacobianProduct as JacobianProduct
+from .chain_rule import TotalDerivative as TotalDerivative
+from .chain_rule import chain as chain
+from .chain_rule import jacobian as jacobian
+from .chain_rule import jacobian_product as jacobian_product
+from .chain_rule import total_derivative as total_derivative
+from .drawings import draw_graph as draw_graph
+from .graphs import Graph as Graph
+from .graphs import GraphSweep as GraphSweep
+from .graphs import Node as Node
+from .graphs import Wire as Wire
+from .graphs import graph as graph
+from .graphs import node as node
 from .losses import binary_cross_entropy as binary_cross_entropy
 from .losses import categorical_cross_entropy as categorical_cross_entropy
 from .losses import check_labels as check_labels

@@ -13,13 +13,12 @@ Values are those of `jax.nn`, and so are the slopes at kinks.
 """
 
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .rules import Rule, is_array
+from .rules import Rule, finite_number
 
 Z = Float[Array, "*batch n"] | Float[Array, ""]  # a layer's inputs, or a single number
 
@@ -126,7 +125,7 @@ def leaky_relu(slope: float = 0.01) -> Rule:
     >>> print(fnn.leaky_relu(0.1)(jnp.array([-1.0, 0.0, 1.0])))
     [-0.1  0.   1. ]
     """
-    return _leaky_relu(_finite("leaky_relu", "slope", slope))
+    return _leaky_relu(finite_number("leaky_relu", "slope", slope))
 
 
 def elu_forward(alpha: float, z: Z):
@@ -159,7 +158,7 @@ def elu(alpha: float = 1.0) -> Rule:
     >>> print(fnn.elu(1.0)(jnp.array([-1.0, 0.0, 1.0])))
     [-0.6321  0.      1.    ]
     """
-    return _elu(_finite("elu", "alpha", alpha))
+    return _elu(finite_number("elu", "alpha", alpha))
 
 
 def softplus_forward(z: Z):
@@ -275,21 +274,3 @@ def softmax_pullback(a: Z, a_bar: Z):
 
 
 softmax = Rule(softmax_forward, softmax_pullback)
-
-
-def _finite(rule: str, name: str, value: Any) -> float:
-    """The parameter as a Python float, hashable; raises unless it is a finite number."""
-    if is_array(value) and value.shape:
-        raise ValueError(
-            f"{rule}: {name} needs to be a number, got an array {value.shape}. "
-            f"fnn.{rule}(0.01) makes the rule; call that with arrays."
-        )
-    if not isinstance(value, bool | str | bytes):
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        else:
-            if abs(number) < float("inf"):
-                return number
-    raise ValueError(f"{rule}: {name} needs to be a finite number such as 0.01, got {value!r}.")

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from .activations import _finite
-from .rules import Rule, RuleLike, is_array
+from .rules import Rule, RuleLike, finite_number, is_array
 
 
 def softmax_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
@@ -249,7 +248,7 @@ def huber_loss(delta: float = 1.0) -> Rule:
     >>> print(fnn.huber_loss(1.0)(jnp.array([[0.5, 2.0]]), jnp.array([[0.0, 4.0]])))
     [0.8125]
     """
-    delta = _finite("huber_loss", "delta", delta)
+    delta = finite_number("huber_loss", "delta", delta)
     if delta <= 0:
         raise ValueError(f"huber_loss: delta needs to be positive, got {delta}.")
     return _huber_loss(delta)

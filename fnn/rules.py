@@ -84,6 +84,24 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray)
 
 
+def finite_number(rule: str, name: str, value: Any) -> float:
+    """The parameter of a rule as a Python float, hashable; raises unless it is a finite number."""
+    if is_array(value) and value.shape:
+        raise ValueError(
+            f"{rule}: {name} needs to be a number, got an array {value.shape}. "
+            f"fnn.{rule}(0.01) makes the rule; call that with arrays."
+        )
+    if not isinstance(value, bool | str | bytes):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        else:
+            if abs(number) < float("inf"):
+                return number
+    raise ValueError(f"{rule}: {name} needs to be a finite number such as 0.01, got {value!r}.")
+
+
 def accepts(function: Callable, *arguments: Any) -> bool:
     """Whether a function takes these arguments; True where Python cannot tell."""
     try:

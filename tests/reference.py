@@ -86,6 +86,38 @@ LOSSES = {
 }
 
 
+# Gates: numbers to a number, for every entry; or whole arrays, as nested lists, to a number or a list.
+
+ENTRYWISE = {
+    "add": lambda x, y: x + y,
+    "subtract": lambda x, y: x - y,
+    "multiply": lambda x, y: x * y,
+    "divide": lambda x, y: x / y,
+    "maximum": lambda x, y: x if x > y else y,
+    "exp": math.exp,
+    "log": math.log,
+    "reciprocal": lambda x: 1 / x,
+    "square": lambda x: x * x,
+    "sin": math.sin,
+    "cos": math.cos,
+    "shift(0.7)": lambda x: x + 0.7,
+    "scale(-1.3)": lambda x: -1.3 * x,
+    "power(3.0)": lambda x: x * x * x,
+    "power(-2.0)": lambda x: 1 / (x * x),
+    "power(0.5)": math.sqrt,
+    "power(0.0)": lambda x: 1.0,
+}
+WHOLE = {
+    "sum": lambda x: sum(x.ravel().tolist()),
+    "squared_norm": lambda x: sum(v * v for v in x.ravel().tolist()),
+    "dot": lambda x, y: sum(a * b for a, b in zip(x.tolist(), y.tolist(), strict=True)),
+    "matmul": lambda W, x: [
+        [sum(w * v for w, v in zip(row, column, strict=True)) for column in zip(*x.tolist(), strict=True)]
+        for row in W.tolist()
+    ],
+}
+
+
 def network(activations, params, X):
     """(z^1..z^L, a^L) for every example, by the sums of the definition."""
     results = []
@@ -131,3 +163,21 @@ def of_activation(name):
 
 def of_loss(name):
     return partial(rows, LOSSES[name])
+
+
+def of_gate(name):
+    """An entrywise gate with single numbers expanded to the other's shape; a whole one as it is."""
+    if name in WHOLE:
+        return WHOLE[name]
+
+    def value(*xs):
+        shape = max((x.shape for x in xs), key=len)
+        entries = (x.ravel().tolist() * (math.prod(shape) if not x.shape else 1) for x in xs)
+        flat = iter([ENTRYWISE[name](*numbers) for numbers in zip(*entries, strict=True)])
+        return _nested(flat, shape)
+
+    return value
+
+
+def _nested(flat, shape):
+    return [_nested(flat, shape[1:]) for _ in range(shape[0])] if shape else next(flat)

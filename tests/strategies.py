@@ -125,6 +125,49 @@ def rules(fnn) -> dict[str, Case]:
     }
 
 
+# Gates: their domains, and the shapes of their inputs; pairs also with a single number that is expanded.
+POSITIVE, NONZERO = ("log", "power(0.5)", "power(-2.0)"), ("reciprocal", "divide")
+PAIRS = ("add", "subtract", "multiply", "divide", "maximum")
+GATE_SHAPES = ((), (3,), (2, 3))
+PAIRS_OF_SHAPES = (*((shape, shape) for shape in GATE_SHAPES), ((3,), ()), ((), (2, 3)))
+
+
+def _make_gate(name: str):
+    def entries(rng, shape):
+        if name in POSITIVE:
+            return rng.uniform(0.5, 2, (INSTANCES, *shape))
+        if name in NONZERO:
+            return rng.choice([-1, 1], (INSTANCES, *shape)) * rng.uniform(0.5, 2, (INSTANCES, *shape))
+        return _normal(rng, shape)
+
+    def make(rng, size):
+        if name == "dot":
+            return _normal(rng, (5,)), _normal(rng, (5,))
+        if name == "matmul":  # square, where a transposed factor would fit
+            return _normal(rng, (3, 3)), _normal(rng, (3, 3))
+        return tuple(entries(rng, shape) for shape in size) if name in PAIRS else (entries(rng, size),)
+
+    return make
+
+
+def _off_ties(x, y):
+    return np.abs(x - y).min() > 1e-3
+
+
+def gate_cases(fnn) -> dict[str, Case]:
+    """The table of gates."""
+    return {
+        name: Case(
+            named(fnn.gates, name),
+            _make_gate(name),
+            reference.of_gate(name),
+            _off_ties if name == "maximum" else lambda *primals: True,
+            PAIRS_OF_SHAPES if name in PAIRS else GATE_SHAPES,
+        )
+        for name in (*reference.ENTRYWISE, *reference.WHOLE)
+    }
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A network, its cost and the size of its data: all that decides what is compiled."""
