@@ -101,16 +101,13 @@ class JacobianProduct:
     """∂f/∂x = J_k ··· J_1 with its factors. Printed, it shows their shapes.
 
     factors: J_k, ..., J_1, in the order of the product, each (n_i, n_{i-1})
-    names: of the rules, in the same order
+    product: ∂f/∂x, (n_k, n_0), multiplied from the left, as backpropagation does
+    names: of the rules, in the order of the factors
     """
 
-    factors: tuple[Float[Array, "_ _"], ...]
+    factors: tuple[Array, ...]
+    product: Array
     names: tuple[str, ...] = field(metadata={"static": True})
-
-    @property
-    def product(self) -> Float[Array, "_ _"]:
-        """∂f/∂x, (n_k, n_0), multiplied from the left, as backpropagation does."""
-        return reduce(jnp.matmul, self.factors)
 
     def __str__(self) -> str:
         def shape(J):
@@ -142,7 +139,9 @@ def jacobian_product(rule: Chain, x: Any) -> JacobianProduct:
         out, _ = run_forward(link, x)
         factors.append(jacobian(link, x).reshape(out.size, x.size))
         x = out
-    return JacobianProduct(tuple(reversed(factors)), tuple(repr(link) for link in reversed(rule.rules)))
+    factors = tuple(reversed(factors))
+    names = tuple(repr(link) for link in reversed(rule.rules))
+    return JacobianProduct(factors, reduce(jnp.matmul, factors), names)
 
 
 @jax.tree_util.register_dataclass
@@ -152,22 +151,16 @@ class TotalDerivative:
 
     partials: ∂f/∂x_i, each as x_i
     rates: dx_i/dt, each as x_i
+    terms: (∂f/∂x_i)(dx_i/dt), numbers
+    total: df/dt, their sum
     names: of the x_i
     """
 
     partials: tuple[Array, ...]
     rates: tuple[Array, ...]
+    terms: tuple[Array, ...]
+    total: Array
     names: tuple[str, ...] = field(metadata={"static": True})
-
-    @property
-    def terms(self) -> tuple[Float[Array, ""], ...]:
-        """(∂f/∂x_i)(dx_i/dt)."""
-        return tuple(jnp.vdot(p, r) for p, r in zip(self.partials, self.rates, strict=True))
-
-    @property
-    def total(self) -> Float[Array, ""]:
-        """df/dt, the sum of the terms."""
-        return reduce(jnp.add, self.terms)
 
     def __str__(self) -> str:
         rows = [("x", "∂f/∂x", "dx/dt", "∂f/∂x · dx/dt")]
@@ -207,5 +200,6 @@ def total_derivative(f: RuleLike, inner: Sequence[RuleLike], t: Any) -> TotalDer
         )
     partials = check_adjoints(f, f.pullback(residuals, jnp.ones_like(out)), len(xs))
     rates = tuple(jacobian(rule, t) for rule in inner)
+    terms = tuple(jnp.vdot(partial, rate) for partial, rate in zip(partials, rates, strict=True))
     names = f.inputs if isinstance(f, Graph) else tuple(f"x{i}" for i in range(1, len(xs) + 1))
-    return TotalDerivative(partials, rates, names)
+    return TotalDerivative(partials, rates, terms, reduce(jnp.add, terms), names)

@@ -6,7 +6,8 @@ are ordered by the mean height of their neighbours (the barycentre method of Sug
 which keeps wires short and mostly uncrossed.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,14 +32,17 @@ SYMBOLS = {
     "sigmoid": "σ",
 }
 VALUE, GRADIENT, LINE = "tab:green", "tab:red", "0.35"
-LETTER, BUBBLE, ROW, GAP = 0.085, 0.44, 0.62, 0.4  # inches; a letter of 10 points
-SWEEPS = 12  # over the columns; more moved nothing in graphs of 40 nodes
+LETTER, BUBBLE, ROW, GAP, TITLE = 0.085, 0.44, 0.62, 0.4, 0.35  # inches; a letter of 10 points
+SWEEPS = 40  # over the columns, alternately to the right and to the left
 
 Point = str | tuple[str, int]  # a node, or the place where a wire of that node passes a column
 
 
-def draw_graph(sweep: GraphSweep) -> "Figure":
-    """A matplotlib figure of the graph that was run; `.savefig("graph.svg")` writes it, .png and .pdf too.
+def draw_graph(*sweeps: GraphSweep, titles: Sequence[str] = ()) -> "Figure":
+    """A matplotlib figure of graphs that were run, one below the other; `.savefig("graph.svg")` writes it.
+
+    sweeps: what `graph.backprop(...)` returns
+    titles: one for each, or none
 
     Needs matplotlib, which is in the extra `experiments`.
 
@@ -47,18 +51,54 @@ def draw_graph(sweep: GraphSweep) -> "Figure":
     >>> [text.get_text() for text in figure.axes[0].texts][:3]
     ['x', '-2', '-4']
     """
-    if not isinstance(sweep, GraphSweep):
-        raise TypeError(f"draw_graph: needs what graph.backprop(...) returns, got {type(sweep).__name__}.")
+    for sweep in sweeps:
+        if not isinstance(sweep, GraphSweep):
+            raise TypeError(
+                f"draw_graph: needs what graph.backprop(...) returns, got {type(sweep).__name__}."
+            )
+    if not sweeps or len(titles) not in (0, len(sweeps)):
+        raise ValueError(
+            f"draw_graph: needs graphs and a title for each or none, got {len(sweeps)} and {len(titles)}."
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         hint = 'pip install "fnn[experiments]"'
         raise ImportError(f"draw_graph: needs matplotlib, in the extra experiments: {hint}.") from error
+    plans = [_plan(sweep) for sweep in sweeps]
+    title = TITLE if titles else 0.0
+    width, height = max(plan.width for plan in plans), sum(plan.height + title for plan in plans)
+    figure, top = Figure(figsize=(width, height), dpi=150), height
+    for n, plan in enumerate(plans):
+        top -= plan.height + title
+        box = (0, top / height, plan.width / width, plan.height / height)
+        axes = figure.add_axes(box, xlim=(0, plan.width), ylim=(0, plan.height))
+        axes.set_axis_off()
+        _draw(axes, plan)
+        if titles:
+            axes.set_title(titles[n], loc="left", x=0.1 / plan.width, fontsize=11, weight="bold")
+    return figure
+
+
+class _Plan(NamedTuple):
+    """Where everything goes, in inches from the lower left corner."""
+
+    texts: dict[str, str]  # name -> what stands in the node
+    gates: frozenset[str]  # names of the nodes that are gates
+    labels: dict[str, tuple[str, str]]  # name -> value, gradient
+    half: dict[str, float]  # name -> half the node's width
+    room: dict[str, float]  # name -> length of the wire behind it that carries the numbers
+    place: dict[Point, tuple[float, float]]
+    wires: list[tuple[Point, Point]]
+    width: float
+    height: float
+
+
+def _plan(sweep: GraphSweep) -> _Plan:
     texts = {name: name for name in sweep.graph.inputs}
     texts |= {node.name: _symbol(node.gate) for node in sweep.graph.nodes}
     labels = {name: (_stacked(sweep.values[name]), _stacked(sweep.gradients[name])) for name in texts}
-    column, height, wires = _layout(sweep.graph)
-
+    column, level, wires = _layout(sweep.graph)
     # A column is as wide as its widest node, and leaves room for the numbers on the wires behind it.
     half = {name: max(BUBBLE, (len(text) + 1) * LETTER) / 2 for name, text in texts.items()}
     room = {name: (max(map(len, "\n".join(pair).split("\n"))) + 1) * LETTER for name, pair in labels.items()}
@@ -69,28 +109,26 @@ def draw_graph(sweep: GraphSweep) -> "Figure":
         right = middle[c] + max(half[name] + room[name] for name in here) + GAP
     lines = max(text.count("\n") for pair in labels.values() for text in pair)
     row = ROW + 2 * 0.15 * lines
-    lowest, highest = min(height.values()), max(height.values())
-    size = right, (highest - lowest + 1) * row
-    place = {point: (middle[column[point]], (h - lowest + 0.5) * row) for point, h in height.items()}
+    lowest, highest = min(level.values()), max(level.values())
+    place = {point: (middle[column[point]], (h - lowest + 0.5) * row) for point, h in level.items()}
+    gates = frozenset(node.name for node in sweep.graph.nodes)
+    return _Plan(texts, gates, labels, half, room, place, wires, right, (highest - lowest + 1) * row)
 
-    figure = Figure(figsize=size, dpi=150)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(0, size[1]))
-    axes.set_axis_off()
-    for name, text in texts.items():
-        x, y = place[name]
-        begin, end = x + half[name], x + half[name] + room[name]
-        place[name] = end, y  # where the wires to other nodes begin
-        _draw_node(axes, text, x, y, half[name], is_gate=name not in sweep.graph.inputs)
+
+def _draw(axes: "Axes", plan: _Plan) -> None:
+    ends = dict(plan.place)  # where the wires to other nodes begin
+    for name, text in plan.texts.items():
+        x, y = plan.place[name]
+        begin, end = x + plan.half[name], x + plan.half[name] + plan.room[name]
+        ends[name] = end, y
+        _draw_node(axes, text, x, y, plan.half[name], is_gate=name in plan.gates)
         axes.plot((begin, end), (y, y), color=LINE, linewidth=1.1, zorder=1)
-        value, gradient = labels[name]
+        value, gradient = plan.labels[name]
         axes.text((begin + end) / 2, y + 0.03, value, ha="center", va="bottom", fontsize=9, color=VALUE)
         axes.text((begin + end) / 2, y - 0.05, gradient, ha="center", va="top", fontsize=9, color=GRADIENT)
-    for begin, end in wires:
-        x, y = place[end]
-        if isinstance(end, str):
-            x -= room[end] + 2 * half[end]
-        _draw_wire(axes, place[begin], (x, y))
-    return figure
+    for begin, end in plan.wires:
+        x, y = plan.place[end]
+        _draw_wire(axes, ends[begin], (x - plan.half[end] if isinstance(end, str) else x, y))
 
 
 def _draw_node(axes: "Axes", text: str, x: float, y: float, half: float, *, is_gate: bool) -> None:

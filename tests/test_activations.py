@@ -114,6 +114,16 @@ def test_softmax_gradient_sums_to_zero_and_ignores_shifts():
     np.testing.assert_allclose(shifted[0], shifted[1], atol=1e-14)
 
 
+def test_softmax_of_a_single_layer_or_more_axes_is_that_of_each_row():
+    z, a_bar = jax.random.normal(jax.random.key(0), (2, 2, 3, 4))
+    a, residuals = fnn.softmax.forward(z)
+    (z_bar,) = fnn.softmax.pullback(residuals, a_bar)
+    for i in np.ndindex(2, 3):
+        one, kept = fnn.softmax.forward(z[i])
+        np.testing.assert_allclose(a[i], one, rtol=1e-15)  # the same sums, perhaps in another order
+        np.testing.assert_allclose(z_bar[i], fnn.softmax.pullback(kept, a_bar[i])[0], rtol=1e-13)
+
+
 def test_softmax_of_one_number_is_one_with_zero_gradient():
     a, residuals = fnn.softmax.forward(jnp.array([[3.0]]))
     assert a == 1 and fnn.softmax.pullback(residuals, jnp.array([[5.0]]))[0] == 0

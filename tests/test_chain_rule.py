@@ -97,6 +97,14 @@ def test_total_derivative_adds_over_vectors_and_counts_t_itself():
     np.testing.assert_allclose(direct.total, 1.5 * np.exp(0.5), rtol=1e-15)
 
 
+def test_total_derivative_under_vmap_is_that_of_each_time():
+    inner = [gates.shift(-1.0), gates.square, gates.reciprocal]
+    t = jnp.array([0.5, 1.0, 3.0])
+    batched = jax.jit(jax.vmap(lambda t: fnn.total_derivative(wave, inner, t)))(t)
+    np.testing.assert_allclose(batched.total, np.e * np.cos(t - 1), rtol=1e-14)
+    assert [term.shape for term in batched.terms] == [(3,)] * 3
+
+
 def test_jacobian_works_under_jit_and_vmap():
     batched = jax.jit(jax.vmap(lambda x: fnn.jacobian(fnn.softmax, x)))(jnp.arange(6.0).reshape(2, 3))
     for x, J in zip(jnp.arange(6.0).reshape(2, 3), batched, strict=True):

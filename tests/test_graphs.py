@@ -254,6 +254,7 @@ ROWS = (Node("q", gates.add, ("x", "y")), Node("f", gates.multiply, ("q", "x")))
         (lambda: fnn.graph(lambda x: node(gates.exp)), TypeError, "needs nodes of the graph as inputs, got none"),
         (lambda: fnn.graph(lambda x: node(jnp.exp, x)), TypeError, "gate needs to be a rule"),
         (lambda: fnn.graph(lambda x: fnn.graph(lambda y: x + y)), ValueError, "belong to different graphs"),
+        (lambda: fnn.draw_graph(), ValueError, "needs graphs and a title for each or none, got 0 and 0"),
         (lambda: fnn.draw_graph(fnn.graph(ratio)), TypeError, "needs what graph.backprop"),
     ),
 )  # fmt: skip
