@@ -28,7 +28,7 @@ from tests.properties import (
     check_sweep_gradient,
     check_visits,
 )
-from tests.strategies import Architecture, network_case, rules
+from tests.strategies import Architecture, gate_cases, network_case, rules
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 SOURCE = Path(package.__file__).parent
@@ -71,6 +71,31 @@ WEIGHTED = Architecture(weighted=True, reduction="weighted_mean", N=5)
 @cache
 def rule(name: str, size=(4, 3)):
     return lambda fnn: check_rule(rules(fnn)[name], size, "float64", seed=0)
+
+
+@cache
+def gate(name: str, size=((2, 3), (2, 3))):
+    return lambda fnn: check_rule(gate_cases(fnn)[name], size, "float64", seed=0)
+
+
+def graph(fnn):
+    """(x·x + x) σ(x) by hand: x forks into four wires, two of them into one gate."""
+    square = fnn.graph(lambda x: (x * x + x) * fnn.node(fnn.sigmoid, x))
+    s = 1 / (1 + np.exp(-0.5))
+    sweep = square.backprop(0.5)
+    np.testing.assert_allclose(sweep.gradients["x"], 2 * s + 0.75 * s * (1 - s), rtol=1e-14)
+    np.testing.assert_allclose(sweep.gradients["add"], s, rtol=1e-14)
+
+
+def jacobians(fnn):
+    """Factors that do not commute, and are square."""
+    A, B = np.array([[1.0, 2.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [3.0, 1.0]])
+    first, second = (
+        fnn.Rule(lambda x, M=M: (M @ x, None), lambda _, y_bar, M=M: (M.T @ y_bar,)) for M in (A, B)
+    )
+    product = fnn.jacobian_product(fnn.chain(first, second), jnp.ones(2))
+    np.testing.assert_array_equal(product.product, B @ A)
+    np.testing.assert_array_equal(fnn.jacobian(fnn.chain(first, second), jnp.ones(2)), B @ A)
 
 
 @cache
@@ -137,8 +162,12 @@ class Fault:
     caught_by: Callable
 
 
-A, L, N, S, R, T, P = (
-    f"{name}.py" for name in ("activations", "losses", "network", "sweep", "rules", "train", "params")
+A, L, N, S, R, T, P, G, H, J = (
+    f"{name}.py"
+    for name in (
+        *("activations", "losses", "network", "sweep", "rules", "train", "params"),
+        *("gates", "graphs", "chain_rule"),
+    )
 )
 FAULTS = [
     # Activations
@@ -199,6 +228,20 @@ FAULTS = [
     Fault("errors of the batch's mean instead of each example's loss", S, "jnp.ones_like(losses)", "residuals.weights", sweep()),
     Fault("sweep's gradient without the weights", S, "sweep.weights[..., None] * delta", "1 / len(sweep.weights) * delta", sweep(WEIGHTED)),
     Fault("sweep's gradient without the penalty", S, "penalty=cost.penalty_gradient(params)", "penalty=None", sweep()),
+    # Gates, graphs, Jacobians
+    Fault("product's factors not exchanged", G, "_collapse(z_bar * y, x), _collapse(z_bar * x, y)", "_collapse(z_bar * x, x), _collapse(z_bar * y, y)", gate("multiply")),
+    Fault("difference loses its sign", G, "_collapse(-z_bar, y)", "_collapse(z_bar, y)", gate("subtract")),
+    Fault("quotient without its minus", G, "_collapse(-z_bar * z / y, y)", "_collapse(z_bar * z / y, y)", gate("divide")),
+    Fault("maximum gives to the smaller", G, "_collapse(jnp.where(x >= y, share, zero), x)", "_collapse(jnp.where(x <= y, share, zero), x)", gate("maximum")),
+    Fault("an expanded number gets the mean instead of the sum", G, "else z_bar.sum()", "else z_bar.mean()", gate("multiply", ((3,), ()))),
+    Fault("sine for cosine", G, "(z_bar * jnp.cos(x),)", "(z_bar * jnp.sin(x),)", gate("sin", (3,))),
+    Fault("W̄ transposed, square", G, "z_bar @ x.T", "x @ z_bar.T", gate("matmul", (3,))),
+    Fault("x̄ without Wᵀ, square", G, "W_bar, W.T @ z_bar", "W_bar, W @ z_bar", gate("matmul", (3,))),
+    Fault("exponent not lowered", G, "_power_of(x, n - 1)", "_power_of(x, n)", gate("power(3.0)", (3,))),
+    Fault("gradients replaced at forks", H, "contribution if before is None else before + contribution", "contribution", graph),
+    Fault("local gradient without the one from above", H, "gate.pullback(kept, gradients[name])", "gate.pullback(kept, jnp.ones_like(gradients[name]))", graph),
+    Fault("Jacobians in the order of application", J, "factors = tuple(reversed(factors))", "factors = tuple(factors)", jacobians),
+    Fault("chain's pullbacks from the first to the last", J, "zip(reversed(self.rules), reversed(residuals), strict=True)", "zip(self.rules, residuals, strict=True)", jacobians),
     # Rules, initialisers, training
     Fault("the cotangent starts from 2", R, "jnp.ones_like(value)", "2 * jnp.ones_like(value)", gradient),
     Fault("fan-out taken for fan-in", P, "he_normal(in_axis=-1, out_axis=-2)\n", "he_normal()\n", variance),
