@@ -19,6 +19,10 @@ from .chain_rule import chain as chain
 from .chain_rule import jacobian as jacobian
 from .chain_rule import jacobian_product as jacobian_product
 from .chain_rule import total_derivative as total_derivative
+from .check import check_gradient as check_gradient
+from .check import check_jvp as check_jvp
+from .check import check_rule as check_rule
+from .check import check_value_and_gradient as check_value_and_gradient
 from .drawings import draw_graph as draw_graph
 from .graphs import Graph as Graph
 from .graphs import GraphSweep as GraphSweep
@@ -53,6 +57,7 @@ from .params import orthogonal as orthogonal
 from .params import summary as summary
 from .params import unit_normal as unit_normal
 from .params import zeros as zeros
+from .report import Report as Report
 from .rules import Rule as Rule
 from .rules import RuleLike as RuleLike
 from .rules import as_custom_vjp as as_custom_vjp

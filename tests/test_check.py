@@ -1,0 +1,401 @@
+"""The judge is judged: wrong gradients caught, right ones passed, and the sentences that say why."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import fnn as package
+from fnn import strategies
+from fnn.__main__ import main
+from fnn.check import LIMIT
+from tests.corpus import RIGHT, WRONG, judge, thinned
+from tests.strategies import gate_cases, rules
+
+fnn: Any = package  # without types: wrong questions are asked too
+rng = np.random.default_rng(0)
+X, y = jnp.asarray(rng.standard_normal((8, 3))), jnp.asarray(rng.standard_normal((8, 2)))
+W = jnp.asarray(rng.standard_normal((2, 3)))
+v = jnp.array([-1.5, 0.5, 2.0])
+
+
+def squares(W, X, y):
+    return ((X @ W.T - y) ** 2).sum(axis=1).mean()
+
+
+def gradient(W, X, y):
+    return 2 * (X @ W.T - y).T @ X / len(X)
+
+
+@pytest.mark.parametrize("name", thinned(WRONG, 3))
+def test_wrong_gradient_is_caught(name):
+    assert not judge(WRONG[name]()), name
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_gradient_passes(name):
+    report = judge(RIGHT[name]())
+    assert report, report
+
+
+@pytest.mark.parametrize("name", [*rules(package), *gate_cases(package)])
+def test_the_packages_own_rules_pass(name):
+    case = (rules(package) | gate_cases(package))[name]
+    primals = case.draw_one(size=case.sizes[-1])
+    report = fnn.check_rule(case.rule, *primals)
+    assert report, report
+
+
+def test_a_whole_network_passes_in_float32():
+    cost = fnn.cost(fnn.mlp([fnn.tanh, fnn.relu]), fnn.softmax_cross_entropy_with_integer_labels, l2=1e-2)
+    params = fnn.init(jax.random.key(0), (4, 6, 5, 3), weights=fnn.he_normal, dtype=jnp.float32)
+    X, y = jax.random.normal(jax.random.key(1), (8, 4), jnp.float32), jnp.arange(8) % 3
+    report = fnn.check_value_and_gradient(
+        cost, fnn.value_and_grad(cost), params, X, y, batch_axes=(None, 0, 0)
+    )
+    assert report and "the same for batches of 1, 4, 9" in str(report), report
+
+
+# What the report says. Each fault is planted, and the sentence read.
+
+ROWS = jnp.arange(8) % 3
+
+
+def logits_cost(z):
+    return -jnp.sum(jax.nn.log_softmax(z)[jnp.arange(8), ROWS]) / 8
+
+
+def logits_gradient(z):
+    return (jax.nn.softmax(z) - jax.nn.one_hot(ROWS, 3, dtype=z.dtype)) / 8
+
+
+def penalised(p):
+    return squares(p["W"], X, y) + 0.05 * jnp.sum(p["W"] ** 2)
+
+
+def swapped(p):
+    return jnp.sum(jnp.sin(p["a"])) + jnp.sum(p["b"] ** 3)
+
+
+def layers_cost(params, X):
+    for W in params:
+        X = jnp.tanh(X @ W.T)
+    return X.sum()
+
+
+def layers_gradient(params, X):
+    """σ′ forgotten on the way from the last layer to the one before."""
+    inputs, outputs = [], []
+    for W in params:
+        inputs.append(X)
+        X = jnp.tanh(X @ W.T)
+        outputs.append(X)
+    delta, grads = 1 - outputs[-1] ** 2, []
+    for l in reversed(range(len(params))):
+        grads.append(delta.T @ inputs[l])
+        if l:
+            delta = (
+                delta @ params[l] if l == len(params) - 1 else (delta @ params[l]) * (1 - outputs[l - 1] ** 2)
+            )
+    return list(reversed(grads))
+
+
+def exact_gelu(x):
+    return jax.nn.gelu(x, approximate=False).sum()
+
+
+SQUARE = jnp.asarray(rng.standard_normal((3, 3)))
+DEEP = [jnp.asarray(rng.standard_normal((3, 3))) / 2 for _ in range(4)]
+DIAGNOSES = {
+    "a factor of 2": (squares, lambda *a: 2 * gradient(*a), (W, X, y), "constant factor of 2 in every leaf"),
+    "a factor of 1/2": (squares, lambda *a: gradient(*a) / 2, (W, X, y), r"factor of 0.5 \(1/2\)"),
+    "the sign": (squares, lambda *a: -gradient(*a), (W, X, y), "constant factor of -1 in every leaf"),
+    "1/N dropped": (squares, lambda *a: 8 * gradient(*a), (W, X, y), r"factor of 8 \(N = 8\)"),
+    "1/N twice": (squares, lambda *a: gradient(*a) / 8, (W, X, y), r"factor of 0.125 \(1/N, N = 8\)"),
+    "N - 1 for N": (squares, lambda *a: gradient(*a) * 7 / 8, (W, X, y), r"factor of 0.875 \(1 - 1/N, N = 8\)"),
+    "zero": (squares, lambda *a: 0 * gradient(*a), (W, X, y), "constant factor of 0 in every leaf"),
+    "transposed, square": (lambda M: jnp.sum(jnp.sin(M @ v)), lambda M: jnp.outer(v, jnp.cos(M @ v)), (SQUARE,), "transposed"),
+    "transposed shape": (squares, lambda *a: gradient(*a).T, (W, X, y), "transposed"),
+    "not summed": (
+        lambda b: jnp.mean(jnp.sum((X @ W.T + b[None, :] - y) ** 2, axis=1)), lambda b: 2 * (X @ W.T + b[None, :] - y) / 8,
+        (jnp.zeros(2),), "not summed over axis 0",
+    ),
+    "penalty missing": (penalised, lambda p: {"W": gradient(p["W"], X, y)}, ({"W": W},), r"a term 0.1·parameter is missing"),
+    "only the last example": (
+        logits_cost, lambda z: logits_gradient(z).at[-1].set(0.0), (y @ W,), "only the last row is wrong, of 8",
+    ),
+    "only the first example": (
+        logits_cost, lambda z: logits_gradient(z).at[0].set(0.3), (y @ W,), "only the first row is wrong, of 8",
+    ),
+    "leaves exchanged": (
+        swapped, lambda p: {"a": 3 * p["b"] ** 2, "b": jnp.cos(p["a"])}, ({"a": v, "b": v + 1},), "are exchanged",
+    ),
+    "normalised": (
+        lambda x: jnp.sum(x**2), lambda x: 2 * x / jnp.linalg.norm(2 * x), (v,), "right in direction but not in length",
+    ),
+    "right at zero": (lambda x: jnp.sum(jnp.sin(x)), jnp.ones_like, (v,), "right at zero and nowhere else"),
+    "right here only": (
+        lambda x: jnp.sum(x**3), lambda x: jnp.asarray([6.75, 0.75, 12.0], x.dtype), (v,), "right at the point given and wrong elsewhere",
+    ),
+    "gelu's tanh form": (exact_gelu, jax.grad(lambda x: jax.nn.gelu(x, approximate=True).sum()), (v,), "GELU's tanh form"),
+    "float32 on the way": (
+        lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x.astype(jnp.float32)).astype(x.dtype), (v,), "precision drops to float32",
+    ),
+    "overflow": (
+        lambda x: jnp.sum(jax.nn.softplus(x)), lambda x: jnp.exp(x) / (1 + jnp.exp(x)), (jnp.array([1.0, 800.0]),),
+        r"NaN where the truth is finite, in 1 of 2 entries, first at \[1\], where the parameter is 800",
+    ),
+    "digits lost": (
+        lambda x: jnp.sum(jax.nn.log_sigmoid(x)), lambda x: 1 - jax.nn.sigmoid(x), (jnp.array([5.0, 6.0], jnp.float32),),
+        "loses digits that autodiff keeps",
+    ),
+    "where the error enters": (
+        layers_cost, layers_gradient, (DEEP, X), "layers 3 right, 2 to 0 wrong: the error enters on the way from 3 to 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_report_says_what_is_wrong(name):
+    f, wrong, args, sentence = DIAGNOSES[name]
+    report = fnn.check_gradient(f, wrong, *args)
+    assert not report
+    found = " | ".join(report.diagnoses)
+    with pytest.raises(AssertionError, match=sentence):
+        report.raise_if_wrong()
+    assert len(str(report).splitlines()) <= 40, found
+
+
+def test_report_of_a_right_gradient_raises_nothing_and_is_json():
+    report = fnn.check_gradient(squares, gradient, W, X, y, seed=3)
+    report.raise_if_wrong()
+    assert json.loads(json.dumps(report.to_dict()))["right"] is True
+    text = str(report)
+    assert (
+        text.startswith("check_gradient: right")
+        and "autodiff in float64, confirmed" in text
+        and "seed=3" in text
+    )
+
+
+def test_report_of_nan_is_json_too():
+    report = fnn.check_gradient(lambda x: jnp.sum(x**2), lambda x: x * jnp.nan, v)
+    assert json.loads(json.dumps(report.to_dict()))["leaves"][0]["got"] == "nan"
+
+
+def test_kink_takes_any_slope_between_and_none_outside():
+    x = jnp.array([-1.0, 0.0, 2.0])
+
+    def slope_at_zero(s):
+        return lambda x: jnp.where(x > 0, 1.0, jnp.where(x == 0, s, 0.0))
+
+    for s in (0.0, 0.3, 1.0):
+        assert fnn.check_gradient(lambda x: jax.nn.relu(x).sum(), slope_at_zero(s), x)
+    note = str(fnn.check_gradient(lambda x: jax.nn.relu(x).sum(), slope_at_zero(0.5), x))
+    assert "at a kink" in note and "autodiff and yours chose 0 and 0.5, both valid" in note
+    for s in (-0.1, 1.1):
+        assert not fnn.check_gradient(lambda x: jax.nn.relu(x).sum(), slope_at_zero(s), x)
+
+
+def test_tie_may_go_to_either_but_not_to_both():
+    tie = jnp.array([2.0, 2.0, 1.0])
+    assert fnn.check_gradient(jnp.max, lambda x: jax.nn.one_hot(jnp.argmax(x), 3, dtype=x.dtype), tie)
+    assert not fnn.check_gradient(jnp.max, lambda x: (x == x.max()).astype(x.dtype), tie)
+
+
+def test_autodiff_at_fault_is_said_and_the_gradient_judged_by_differences():
+    def f(x):
+        return jnp.sum(jnp.where(x > 0, jnp.sqrt(x), 0.0))
+
+    def right(x):
+        return jnp.where(x > 0, 0.5 / jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
+
+    x = jnp.array([0.0, -1.0, 4.0])[1:]
+    assert np.isnan(jax.grad(f)(x)).any()
+    assert fnn.check_gradient(f, right, x)
+    assert not fnn.check_gradient(f, lambda x: right(x) + jnp.where(x > 0, 0.0, 0.1), x)
+
+
+def test_rule_that_f_carries_is_not_its_own_judge():
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (x**3, x), lambda x, bar: (bar * 2 * x**2,))
+
+    def f(x):
+        return cube(x).sum()
+
+    report = fnn.check_gradient(f, jax.grad(f), v)
+    assert not report and "past the custom rule that f carries" in str(report) and "2/3" in str(report)
+    assert not fnn.check_rule(cube, v)
+
+
+def test_numpy_functions_are_judged_by_differences():
+    def f(x):
+        return float(np.sum(np.asarray(x) ** 3))
+
+    x = np.array([-1.5, 0.5, 2.0])
+    report = fnn.check_gradient(f, lambda x: 3 * x**2, x)
+    assert report and "differences of f" in report.judge, report
+    assert not fnn.check_gradient(f, lambda x: 3.001 * x**2, x)
+
+
+def test_arguments_of_any_kind_pass_through():
+    args = ({"W": W, "none": None, "name": "tanh"}, jnp.tanh, jnp.arange(3), jax.random.key(0), 0.5)
+
+    def f(p, function, index, key, scale):
+        return scale * function(p["W"][:, index]).sum() + 0 * jax.random.normal(key)
+
+    def right(p, function, index, key, scale):
+        slope = scale * (1 - jnp.tanh(p["W"][:, index]) ** 2)
+        return {"W": jnp.zeros_like(p["W"]).at[:, index].add(slope), "none": None, "name": None}
+
+    assert fnn.check_gradient(f, right, *args)
+
+
+def test_wrong_batch_size_is_named():
+    report = fnn.check_gradient(
+        squares, lambda W, X, y: 2 * (X @ W.T - y).T @ X / 8, W, X, y, batch_axes=(None, 0, 0)
+    )
+    assert not report and "right for a batch of 8 and wrong for one of 1" in report.diagnoses
+
+
+def test_a_thousand_entries_do_not_hide_a_wrong_sign():
+    x = jnp.asarray(rng.standard_normal(1000), jnp.float32)
+    assert not fnn.check_gradient(lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x).at[500].multiply(-1), x)
+
+
+def test_relative_error_of_1e_4_in_float32_does_not_pass():
+    x = v.astype(jnp.float32)
+    assert not fnn.check_gradient(lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x) * (1 + 1e-4), x)
+
+
+def test_jvp_is_judged_with_its_output():
+    def right(primals, tangents):
+        return jnp.sin(primals[0]), jnp.cos(primals[0]) * tangents[0]
+
+    assert fnn.check_jvp(jnp.sin, right, (v,))
+    assert not fnn.check_jvp(jnp.sin, lambda p, t: (right(p, t)[0], 1.001 * right(p, t)[1]), (v,))
+    report = fnn.check_jvp(jnp.sin, lambda p, t: (jnp.cos(p[0]), right(p, t)[1]), (v,))
+    assert not report and "not f's output" in str(report)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    (
+        (lambda: fnn.check_gradient(lambda x: x, lambda x: x, v), ValueError, r"return a scalar, got shape \(3,\)"),
+        (lambda: fnn.check_gradient(lambda x: 1, lambda x: x, v), TypeError, "return a float"),
+        (lambda: fnn.check_gradient(jnp.sum, lambda x: x, np.ones(3) * 1j), TypeError, "complex"),
+        (lambda: fnn.check_gradient(jnp.sum, lambda x: x, jnp.zeros((0, 3))), ValueError, r"empty array, \(0, 3\)"),
+        (lambda: fnn.check_gradient(jnp.sum, lambda x: x, jnp.arange(3)), TypeError, "no float arrays"),
+        (lambda: fnn.check_gradient(jnp.sum, lambda x: x, v, argnums=1), ValueError, "argnums=1, but there are 1"),
+        (lambda: fnn.check_gradient(jnp.sum, lambda x: x), ValueError, "there are 0 arguments"),
+        (lambda: fnn.check_gradient(3.0, lambda x: x, v), TypeError, "f needs to be a function, got float"),
+        (lambda: fnn.check_gradient(jnp.sum, None, v), TypeError, "gradient needs to be a function"),
+        (lambda: fnn.check_gradient(lambda x: jnp.sum(x) / 0, jnp.ones_like, v), ValueError, "f is inf"),
+        (lambda: fnn.check_gradient(squares, gradient, W, X, y, batch_axes=(None, 0)), ValueError, "each of 3"),
+        (lambda: fnn.check_rule(jnp.sin, v), TypeError, "needs a rule or a pair"),
+        (lambda: fnn.check_rule(fnn.relu), TypeError, "the rule's arguments too"),
+        (lambda: fnn.check_rule((lambda x: (jnp.argmax(x), None), lambda r, b: (b,)), v), TypeError, "no floats"),
+        (lambda: fnn.check_jvp(jnp.sin, lambda p, t: p, v), TypeError, "primals needs to be a tuple"),
+        (lambda: fnn.check_jvp(jnp.sin, lambda p, t: p, (v,), (v, v)), TypeError, "structure of primals"),
+    ),
+)  # fmt: skip
+def test_ill_posed_question_is_refused(no_shape_annotations, call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# With Hypothesis and pytest, and from the shell.
+
+
+@settings(max_examples=10, deadline=None)
+@given(strategies.arrays())
+def test_a_rule_over_shapes_dtypes_and_values_in_one_line(x):
+    fnn.check_rule(fnn.silu, x).raise_if_wrong()
+
+
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # the run-time type checks do
+@settings(max_examples=5, deadline=None)
+@given(strategies.networks())
+def test_whole_networks_are_drawn(case):
+    cost, params, X, y = case
+    fnn.check_gradient(cost, lambda *args: fnn.value_and_grad(cost)(*args)[1], params, X, y).raise_if_wrong()
+
+
+@settings(max_examples=20, deadline=None)
+@given(strategies.pytrees(), strategies.arrays((3,), "float32", positive=True))
+def test_drawn_numbers_lie_on_no_kink(tree, positive):
+    for leaf in jax.tree.leaves(tree):
+        assert (leaf != 0).all() and (abs(leaf) != 1).all() and (abs(leaf) < 4.1).all()
+    assert (positive > 0).all()
+
+
+def test_failing_check_in_pytest_shows_the_report_once(tmp_path):
+    (tmp_path / "test_wrong.py").write_text(
+        "import fnn, jax.numpy as jnp\n"
+        "def test_it():\n"
+        "    fnn.check_gradient(jnp.sum, lambda x: 2 * jnp.ones_like(x), jnp.ones(3)).raise_if_wrong()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "test_wrong.py",
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=_environment(), timeout=120
+    )
+    assert result.returncode == 1
+    assert result.stdout.count("diagnosis: off by a constant factor of 2") == 1, result.stdout
+    assert "site-packages" not in result.stdout and "report.py" not in result.stdout.replace(
+        "fnn/report.py:", ""
+    )
+
+
+def _environment():
+    import os
+    from pathlib import Path
+
+    return os.environ | {"PYTHONPATH": str(Path(package.__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
+
+
+def test_shell_prints_the_report_and_exits_by_it(capsys, tmp_path):
+    assert main(["check", "jax.numpy:sin", "jax.numpy:cos", "--shapes", "()"]) == 0
+    assert "right" in capsys.readouterr().out
+    assert main(["check", "jax.numpy:sin", "jax.numpy:sin", "--shapes", "()", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["right"] is False
+    file = tmp_path / "mine.py"
+    file.write_text("import jax.numpy as jnp\nf = jnp.sum\ngradient = jnp.ones_like\nargs = jnp.ones(3)\n")
+    assert main(["check", str(file)]) == 0
+    capsys.readouterr()
+    for bad in (
+        ["jax.numpy:sin"],
+        ["jax.numpy:sin", "jax.numpy:cos"],
+        ["jax.numpy:no", "jax.numpy:cos", "--shapes", "3"],
+    ):
+        assert main(["check", *bad]) == 2
+        assert capsys.readouterr().err.startswith("fnn check: ")
+
+
+def test_report_units_of_right_gradients_stay_far_below_the_limit():
+    worst = max(leaf.units for seed in range(3) for leaf in fnn.check_rule(fnn.gelu, v, seed=seed).leaves)
+    assert worst < LIMIT / 4
+
+
+def test_partial_functions_and_jitted_ones_are_functions():
+    assert fnn.check_gradient(jax.jit(squares), jax.jit(gradient), W, X, y)
+    assert fnn.check_gradient(partial(squares, X=X, y=y), partial(gradient, X=X, y=y), W)
