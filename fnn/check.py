@@ -883,14 +883,8 @@ def _native_run(question: _Question) -> tuple[list[Any] | None, _Broken | None]:
             question.contract.append("not the same when called twice: it depends on hidden state or chance")
         question.notes.append(f"the gradient cannot be traced ({_short(why)}): jit and vmap were not tried")
         return first, None
-    except _Broken:
-        try:  # once more with numbers, which a diagnosis needs
-            question.candidate(arrays, native=True)
-        except _Broken as again_with_numbers:
-            problem = again_with_numbers
-        except Exception:
-            pass
-        return None, problem
+    except _Broken as problem:
+        return None, _with_numbers(question, arrays, problem)
 
 
 def _with_numbers(question: _Question, arrays: list[Any], problem: _Broken) -> _Broken:

@@ -274,7 +274,9 @@ def _points(e: Evidence, wrong: list[int]) -> Iterator[str]:
         bad = [name for name, right in zip(names, everywhere, strict=True) if not right]
         yield f"right at the point given and wrong elsewhere ({', '.join(bad)})"
     elif not here and "zeros" in names and everywhere[names.index("zeros")] and sum(everywhere) == 1:
-        yield "right at zero and nowhere else"
+        _, _, truth = e.elsewhere[names.index("zeros")]
+        if any(t.any() for t in truth):
+            yield "right at zero and nowhere else"
     elif not here and all(everywhere):
         yield "wrong only at the point given"
 

@@ -20,7 +20,7 @@ GATES = gate_cases(fnn)
 
 
 @pytest.mark.parametrize("name", GATES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1))
 def test_gate_is_its_formula_and_its_pullback_autodiffs(name, data, dtype, seed):
     assert check_rule(GATES[name], data.draw(st.sampled_from(GATES[name].sizes)), dtype, seed)

@@ -1,0 +1,1 @@
+"""Benchmarks: what is claimed of speed, memory and accuracy is measured here."""
