@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.gradient_checkers        (needs the extras `experiments` and `test`)
 
-The corpora of the tests, `tests/corpus_wrong.py` and `tests/corpus_right.py`: gradients of scalar functions in
-four precisions, with x64 on. Every checker as its documentation uses it:
+The corpora of the tests, `tests/corpus_wrong.py` and `tests/corpus_right.py`: gradients of scalar functions,
+in four precisions, with x64 on. Every checker as its documentation uses it:
 
     fnn          check_gradient and check_value_and_gradient
     allclose     numpy.allclose(candidate, jax.grad(f)), with its defaults

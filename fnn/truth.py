@@ -1,0 +1,284 @@
+r"""The truth about a gradient: autodiff in float64, its rounding units, and who confirms it.
+
+At every point the gradient of f is taken in float64, past rules that f carries (`custom_vjp`), so that no
+rule is its own judge, and once more with rounding made audible (`rounding.py`): how far it scatters is the
+unit in which errors are counted. Difference quotients of f along a random direction confirm it. Where JAX
+cannot differentiate f, differences are all there is: Richardson's extrapolation, entry by entry.
+
+Source: Ridders (1982), *Accurate computation of F′(x) and F′(x) F″(x)*, for the extrapolation and its error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from .question import (
+    Evaluator,
+    Numbers,
+    Point,
+    Question,
+    compiled_once,
+    name_of,
+    program_key,
+    trace,
+    wide_array,
+    wide_promotion,
+)
+from .rounding import CUSTOM, coarsest, noisy, primitives, without_custom_rules
+
+SAMPLES = 8  # runs of Monte-Carlo arithmetic: the spread of 8 is ten times too small once in 10^7
+LIMIT = 16.0  # rounding units allowed; what right gradients reach is in experiments/benchmarks
+BUDGET = 2e7  # numbers in all runs together; above it only the point given, and one run
+EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass
+class Truth:
+    """The gradient at every point (first axis), what rounding explains of it, and who says so."""
+
+    gradient: list[Numbers]
+    unit: list[Numbers]  # of float64's rounding
+    value: Numbers
+    value_unit: Numbers
+    eps: float  # the coarsest that the reference itself computes with
+    is_confirmed: Numbers  # by differences along a direction, for every point
+    is_inside: Numbers  # f is finite around the point too
+    judge: str
+    gradient_at: Callable[[list[list[Numbers]]], list[Numbers]]  # at other points, by autodiff
+
+
+def points_around(question: Question, rng: np.random.Generator) -> list[Point]:
+    given = [np.asarray(question.leaves[i]).astype(np.float64) for i in question.moving]
+    is_judged = [i in question.judged for i in question.moving]
+
+    def size(x):
+        return float(rms(x)) or 1.0
+
+    def moved():
+        return [np.asarray(x + size(x) * rng.standard_normal(x.shape)) for x in given]
+
+    def each(change):  # cotangents keep their size: they only move at random
+        return [np.asarray(change(x)) if judged else x for x, judged in zip(given, is_judged, strict=True)]
+
+    return [
+        Point("as given", given),
+        Point("moved", moved()),
+        Point("moved again", moved()),
+        Point("ten times", each(lambda x: 10 * x)),
+        Point("zeros", each(np.zeros_like)),
+    ]
+
+
+def find_truth(question: Question, points: list[Point], rng: np.random.Generator) -> tuple[Truth, Evaluator]:
+    """Autodiff in float64 at every point, with its rounding units and its confirmation."""
+    arrays = question.arrays([x for x in points[0].theta], wide_array)
+    with wide_promotion():
+        arrays = [jnp.asarray(x) for x in arrays]
+    value = Evaluator(question, lambda arrays: [question.value(arrays)], arrays)
+    if (
+        value.jaxpr is None
+        and isinstance(value.error, ValueError | TypeError)
+        and "f needs to return" in str(value.error)
+    ):
+        raise value.error
+    judged_of_arrays = [
+        i for i, leaf in enumerate(np.flatnonzero(question.is_array)) if leaf in question.judged
+    ]
+    traced = None
+    if value.jaxpr is not None:
+        plain = (
+            without_custom_rules(value.jaxpr)
+            if primitives(value.jaxpr) & CUSTOM
+            else jaxpr_as_fun(value.jaxpr)
+        )
+
+        def value_and_gradient(arrays):
+            def of_judged(judged):
+                whole = list(arrays)
+                for i, x in zip(judged_of_arrays, judged, strict=True):
+                    whole[i] = x
+                return plain(*whole)[0]
+
+            value, gradient = jax.value_and_grad(of_judged)([arrays[i] for i in judged_of_arrays])
+            return [*gradient, value]
+
+        with wide_promotion():
+            traced, _ = trace(value_and_gradient, arrays)
+    if traced is None:
+        return _by_differences(question, points, value), value
+    with wide_promotion():
+        run, shapes = noisy(traced)
+    samples, work = SAMPLES, sum(int(np.prod(shape)) for shape in shapes)
+    if work * len(points) * SAMPLES > BUDGET:
+        question.notes.append("large: judged at the point given alone, with one sample of rounding")
+        samples = 1
+        del points[1:]
+    directions, offsets = _offsets(question, points, rng)
+    signs = [
+        (2 * rng.integers(0, 2, (samples + 1, *shape), dtype=np.int8) - 1).astype(np.int8) for shape in shapes
+    ]
+    for sign in signs:
+        sign[0] = 0
+    is_moving = value.is_moving
+    axes = [0 if moves else None for moves in is_moving]
+    f = jaxpr_as_fun(value.jaxpr)
+
+    def program(signs, arrays, moved):
+        samples = jax.vmap(
+            lambda arrays: jax.vmap(lambda signs: run(signs, *arrays))(signs), in_axes=(axes,)
+        )(arrays)
+        along = jax.vmap(jax.vmap(lambda arrays: f(*arrays)[0], in_axes=(axes,)), in_axes=(axes,))(moved)
+        return samples, along
+
+    def stacked(columns):
+        dealt = iter(columns)
+        return [next(dealt) if moves else x for moves, x in zip(is_moving, arrays, strict=True)]
+
+    at = stacked([np.stack(x) for x in zip(*(point.theta for point in points), strict=True)])
+    moved = stacked(offsets)
+    with wide_promotion():
+        compiled = compiled_once(
+            ("truth", tuple(is_moving), program_key(traced), program_key(value.jaxpr)), lambda: program
+        )
+        samples_, along = jax.device_get(compiled(signs, at, moved))
+    *gradient, values = (np.asarray(x, np.float64) for x in samples_)
+    eps = max(EPS, coarsest(traced))
+    units = [rms(g[:, 1:] - g[:, :1], axis=1)[:, 0] for g in gradient]
+    value_unit = rms(values[:, 1:] - values[:, :1], axis=1)[:, 0] + eps * np.abs(values[:, 0])
+    exact = [np.array(g[:, 0]) for g in gradient]  # writable: corrected where autodiff is at fault
+    units = _floored(units, exact, eps)
+    confirmed = _confirmed(question, along, exact, units, directions, value_unit)
+    passed = primitives(value.jaxpr) & CUSTOM if value.jaxpr is not None else set()
+    judge = "autodiff in float64" + (", past the custom rule that f carries" if passed else "")
+    judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
+    inside = np.isfinite(along).all(axis=1)
+    at_points = Evaluator.of_jaxpr(question, traced, arrays)
+    return Truth(exact, units, values[:, 0], value_unit, eps, confirmed, inside, judge, at_points), value
+
+
+STEPS = (1e-4, -1e-4, 5e-5, -5e-5)  # in units of a leaf's size: small, so that few kinks lie between
+
+
+def _offsets(question: Question, points: list[Point], rng: np.random.Generator):
+    """A direction at every point, of each leaf's own size, and the places around it where f is evaluated."""
+    directions, offsets = [], []
+    for column, i in enumerate(question.moving):
+        at = np.stack([point.theta[column] for point in points])
+        size = rms(at, tuple(range(1, at.ndim)))
+        direction = np.where(size > 0, size, 1.0) * rng.standard_normal(at.shape)
+        if i not in question.judged:
+            direction = np.zeros_like(at)
+        directions.append(direction)
+        steps = np.reshape(STEPS, (1, 4) + (1,) * (at.ndim - 1))
+        offsets.append(at[:, None] + steps * direction[:, None])
+    return directions, offsets
+
+
+def _confirmed(question, along, exact, units, directions, value_unit) -> Numbers:
+    """Whether Richardson's difference quotient agrees with autodiff along the direction, point by point."""
+    h = STEPS[0]
+    coarse, fine = (along[:, 0] - along[:, 1]) / (2 * h), (along[:, 2] - along[:, 3]) / h
+    quotient = (4 * fine - coarse) / 3
+    judged = [d for d, i in zip(directions, question.moving, strict=True) if i in question.judged]
+    slope = sum((g * d).reshape(len(g), -1).sum(axis=1) for g, d in zip(exact, judged, strict=True))
+    size = sum(np.abs(g * d).reshape(len(g), -1).sum(axis=1) for g, d in zip(exact, judged, strict=True))
+    doubt = np.abs(quotient - fine) + LIMIT * value_unit / h + 1e-9 * size
+    return np.abs(quotient - slope) <= 10 * doubt
+
+
+def _floored(units: list[Numbers], exact: list[Numbers], eps: float) -> list[Numbers]:
+    """Rounding units with a floor: half an eps of the entry, the leaf's median, 0.1 eps of its largest.
+
+    A leaf of nothing but zeros takes a thousandth of an eps of the largest entry of all leaves.
+    """
+
+    def largest(g):
+        finite = np.where(np.isfinite(g), np.abs(g), 0)
+        return finite.max(axis=tuple(range(1, g.ndim)), keepdims=True)
+
+    of_all = np.max([np.ravel(largest(g)) for g in exact], axis=0)
+    floored = []
+    for unit, g in zip(units, exact, strict=True):
+        unit = np.where(np.isfinite(unit), unit, 0)
+        median = np.median(unit, axis=tuple(range(1, g.ndim)), keepdims=True)
+        own = eps / 2 * np.where(np.isfinite(g), np.abs(g), 0)
+        unit = np.maximum.reduce(
+            [unit, np.broadcast_to(median, g.shape), own, 0.1 * eps * largest(g) + 0 * own]
+        )
+        least = 1e-3 * eps * of_all.reshape(median.shape) + 1e-300
+        floored.append(np.where(unit > 0, unit, least))
+    return floored
+
+
+def _by_differences(question: Question, points: list[Point], value: Evaluator) -> Truth:
+    """Where autodiff cannot serve: central differences of f, extrapolated twice, entry by entry."""
+    question.notes.append(
+        f"f cannot be differentiated by JAX ({name_of(value.error)}); judged by differences"
+    )
+    used = points[:2]
+    gradients, units, values, value_units = [], [], [], []
+    for point in used:
+        (at,) = value([point.theta])
+        noise = 8 * EPS * abs(float(at[0]))
+        per_leaf, per_unit = [], []
+        for column, i in enumerate(question.moving):
+            if i not in question.judged:
+                continue
+            x = point.theta[column]
+            size = float(rms(x)) or 1.0
+            gradient, unit = np.zeros(x.size), np.zeros(x.size)
+            for entry in range(x.size):
+                h = 0.02 * max(abs(x.flat[entry]), size)
+                table: list[list[float]] = []
+                best, error = 0.0, np.inf
+                for level in range(7):
+                    step = h / 2**level
+                    places = []
+                    for sign in (1, -1):
+                        moved = np.array(x)
+                        moved.flat[entry] += sign * step
+                        places.append([moved if c == column else t for c, t in enumerate(point.theta)])
+                    up, down = value(places)[0]
+                    row = [(up - down) / (2 * step)]
+                    for order, last in enumerate(table[-1] if table else [], start=1):
+                        row.append(row[-1] + (row[-1] - last) / (4**order - 1))
+                    if table:
+                        gap = max(abs(row[-1] - row[-2]), abs(row[-1] - table[-1][-1])) + noise / step
+                        if gap < error:
+                            best, error = row[-1], gap
+                    table.append(row)
+                gradient[entry], unit[entry] = best, error
+            per_leaf.append(gradient.reshape(x.shape))
+            per_unit.append(unit.reshape(x.shape) / 3)
+        gradients.append(per_leaf)
+        units.append(per_unit)
+        values.append(float(at[0]))
+        value_units.append(noise)
+    del points[len(used) :]
+    exact = [np.stack(leaves) for leaves in zip(*gradients, strict=True)]
+    stacked = _floored([np.stack(leaves) for leaves in zip(*units, strict=True)], exact, EPS)
+    judge = "extrapolated central differences of f in float64"
+    return Truth(
+        exact,
+        stacked,
+        np.array(values),
+        np.array(value_units),
+        EPS,
+        np.ones(len(used), bool),
+        np.ones(len(used), bool),
+        judge,
+        lambda points: [],
+    )
+
+
+def rms(x: Numbers, axis: Any = None) -> Numbers:
+    """The root of the mean square, which does not overflow; 0 for an array of zeros."""
+    largest = np.max(np.abs(x), axis=axis, keepdims=True)
+    scaled = x / np.where(largest > 0, largest, 1.0)  # of NaN and inf: NaN
+    rms = largest * np.sqrt(np.mean(scaled**2, axis=axis, keepdims=True))
+    return np.asarray(rms if axis is not None else rms.reshape(()))
