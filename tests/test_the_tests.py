@@ -68,14 +68,28 @@ PLAIN = Architecture()
 WEIGHTED = Architecture(weighted=True, reduction="weighted_mean", N=5)
 
 
+class OfARule:
+    """The property of all rules for one of a table; `judged` asks `fnn.check_rule` the same."""
+
+    def __init__(self, table: Callable, name: str, size):
+        self.table, self.name, self.size = table, name, size
+
+    def __call__(self, fnn):
+        check_rule(self.table(fnn)[self.name], self.size, "float64", seed=0)
+
+    def judged(self, fnn) -> package.Report:
+        case = self.table(fnn)[self.name]
+        return package.check_rule(case.rule, *case.draw_one(size=self.size))
+
+
 @cache
 def rule(name: str, size=(4, 3)):
-    return lambda fnn: check_rule(rules(fnn)[name], size, "float64", seed=0)
+    return OfARule(rules, name, size)
 
 
 @cache
 def gate(name: str, size=((2, 3), (2, 3))):
-    return lambda fnn: check_rule(gate_cases(fnn)[name], size, "float64", seed=0)
+    return OfARule(gate_cases, name, size)
 
 
 def graph(fnn):
@@ -261,6 +275,8 @@ def test_planted_fault_is_caught(fault, tmp_path):
     with planted(tmp_path, fault.file, fault.old, fault.new) as copy:
         with pytest.raises(AssertionError):  # numbers that differ; any other error would be the fault's own
             fault.caught_by(copy)
+        if isinstance(fault.caught_by, OfARule):  # and the judge that users have sees it too
+            assert not fault.caught_by.judged(copy)
     CAUGHT.append(fault.what)
 
 
@@ -268,6 +284,8 @@ def test_copy_without_a_fault_passes_every_check(tmp_path):
     with planted(tmp_path) as copy:
         for check in {fault.caught_by for fault in FAULTS}:
             check(copy)
+            if isinstance(check, OfARule):
+                assert check.judged(copy), check.judged(copy)
 
 
 def test_score_is_printed():

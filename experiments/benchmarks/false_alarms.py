@@ -18,7 +18,7 @@ import numpy as np
 
 import fnn
 from fnn.check import LIMIT
-from tests.strategies import DTYPES, gate_cases, rules
+from tests.strategies import DTYPES, INSTANCES, gate_cases, rules
 
 
 def main() -> None:
@@ -34,20 +34,20 @@ def main() -> None:
     kinds = [
         (name, dtype, size) for name in cases for dtype in DTYPES for size in dict.fromkeys(cases[name].sizes)
     ]
-    instances = 16  # numbers that one call of `draw` makes
-    rounds = max(1, -(-flags.draws // (5 * instances * len(kinds))))
+    per_kind = max(1, -(-flags.draws // (5 * len(kinds))))
     for name, dtype, size in kinds:
-        for _ in range(rounds):
-            many = cases[name].draw(rng, size, dtype)
-            for i in range(instances):
-                primals = jax.tree.map(lambda leaf, i=i: leaf[i], many)
-                report = fnn.check_rule(cases[name].rule, *primals, seed=int(rng.integers(2**31)))
-                draws += 5
-                if not report:
-                    alarms.append(f"{name} {dtype} {size}")
-                largest = max(leaf.units for leaf in report.leaves)
-                if largest > worst:
-                    worst, where = largest, f"{name}, {dtype}, {size}"
+        many: tuple = ()
+        for n in range(per_kind):
+            if n % INSTANCES == 0:
+                many = cases[name].draw(rng, size, dtype)
+            primals = jax.tree.map(lambda leaf, i=n % INSTANCES: leaf[i], many)
+            report = fnn.check_rule(cases[name].rule, *primals, seed=int(rng.integers(2**31)))
+            draws += 5
+            if not report:
+                alarms.append(f"{name} {dtype} {size}")
+            largest = max(leaf.units for leaf in report.leaves)
+            if largest > worst:
+                worst, where = largest, f"{name}, {dtype}, {size}"
     text = (
         f"{draws} draws of {len(cases)} rules in {len(kinds)} dtypes and shapes: {len(alarms)} false alarms\n"
         f"largest error: {worst:.2f} rounding units, in {where}; {LIMIT:g} are allowed\n"
