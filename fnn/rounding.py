@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # What moves, compares or selects numbers, and so rounds nothing; negation and abs are exact too.
@@ -89,35 +88,6 @@ def coarsest(closed: ClosedJaxpr) -> float:
     return eps
 
 
-def first_nonfinite(closed: ClosedJaxpr, inputs: Sequence[Any]) -> str | None:
-    """The first operation that makes NaN or inf of finite numbers, and its source line, if there is one."""
-    found: list[str] = []
-
-    def watch(eqn, ins, outs):
-        def finite(arrays):
-            return all(
-                bool(np.isfinite(np.asarray(a, np.float64)).all())
-                for a in arrays
-                if jnp.issubdtype(jnp.result_type(a), jnp.floating)
-            )
-
-        if not found and finite(ins) and not finite(outs):
-            frame = _source_line(eqn)
-            found.append(f"{eqn.primitive.name}{frame}")
-
-    _evaluate(closed.jaxpr, closed.consts, inputs, None, watch=watch)
-    return found[0] if found else None
-
-
-def _source_line(eqn: Any) -> str:
-    """Where an operation was written, if the trace knows."""
-    try:
-        frames = [f for f in eqn.source_info.traceback.frames if "site-packages" not in f.file_name]
-        return f" ({frames[0].file_name.rsplit('/', 1)[-1]}:{frames[0].line_num})" if frames else ""
-    except AttributeError:
-        return ""
-
-
 def _inner(eqn: Any) -> list[ClosedJaxpr]:
     """The functions inside an operation: of a jit, a loop, a branch, a custom rule."""
     found = []
@@ -133,9 +103,7 @@ def _closed(jaxpr: Any) -> Any:
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
 
 
-def _evaluate(
-    jaxpr, consts, inputs, signs: _Signs | None, *, rounds_inputs: bool = False, watch=None
-) -> list:
+def _evaluate(jaxpr, consts, inputs, signs: _Signs | None, *, rounds_inputs: bool = False) -> list:
     values: dict[Any, Any] = {}
 
     def read(atom):
@@ -161,14 +129,12 @@ def _evaluate(
         elif name == "cond":
             outs = _cond(eqn, ins, signs)
         elif (inner := _called(eqn)) is not None:
-            outs = _evaluate(inner.jaxpr, inner.consts, ins, signs, watch=watch)
+            outs = _evaluate(inner.jaxpr, inner.consts, ins, signs)
         else:
             if name in SUMS:  # the order of a sum is free: its terms are perturbed, and the result
                 ins = [perturbed(ins[0]), *ins[1:]]
             out = eqn.primitive.bind(*ins, **eqn.params)
             outs = list(out) if eqn.primitive.multiple_results else [out]
-            if watch is not None:
-                watch(eqn, ins, outs)
             if name not in EXACT and not _is_exact_conversion(eqn):
                 outs = [perturbed(out) for out in outs]
         values.update(zip(eqn.outvars, outs, strict=True))

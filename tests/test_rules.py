@@ -22,7 +22,7 @@ def test_rule_is_its_formula_and_its_pullback_autodiffs(name, data, dtype, seed)
     assert check_rule(RULES[name], data.draw(st.sampled_from(RULES[name].sizes)), dtype, seed)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(arch=architectures(), dtype=st.sampled_from(DTYPES), seed=SEEDS)
 def test_cost_of_any_network_is_its_formula_and_its_pullback_autodiffs(arch, dtype, seed):
     assume(check_rule(network_case(fnn, arch), None, dtype, seed, instances=4))
