@@ -96,10 +96,12 @@ class Verdicts:
             if n in self.worst and not self.worst[n].is_right:
                 continue
             dtype = jnp.result_type(returned)
+            if not jnp.issubdtype(dtype, jnp.floating):  # integers, which are a breach of contract
+                dtype = jnp.dtype(np.float64)
             value, exact = np.asarray(returned).astype(np.float64), np.asarray(self.exact[n][0])
-            own = max(eps, float(jnp.finfo(dtype).eps)) if jnp.issubdtype(dtype, jnp.floating) else eps
-            tiny = float(jnp.finfo(dtype).tiny) if jnp.issubdtype(dtype, jnp.floating) else 0.0
-            unit = self.unit[n][0] * own / self.truth.eps + tiny + own / 2 * _finite_size(exact)
+            own = max(eps, float(jnp.finfo(dtype).eps))
+            unit = self.unit[n][0] * own / self.truth.eps + own / 2 * _finite_size(exact)
+            unit = unit + float(jnp.finfo(dtype).tiny)
             units = np.asarray(_units(value, exact, unit))
             too_large = np.abs(exact) > 0.5 * float(jnp.finfo(dtype).max)
             units = np.where(too_large, 0.0, units)

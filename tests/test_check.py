@@ -279,6 +279,13 @@ def test_relative_error_of_1e_4_in_float32_does_not_pass():
     assert not fnn.check_gradient(lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x) * (1 + 1e-4), x)
 
 
+def test_integers_as_a_gradient_are_a_breach_of_contract():
+    report = fnn.check_gradient(
+        lambda x: jnp.sum(2 * x), lambda x: jnp.full(x.shape, 2, jnp.int32), v.astype(jnp.float32)
+    )
+    assert report.contract == ("argument 0 needs dtype float32, got int32",)
+
+
 def test_jvp_is_judged_with_its_output():
     def right(primals, tangents):
         return jnp.sin(primals[0]), jnp.cos(primals[0]) * tangents[0]
