@@ -309,18 +309,18 @@ def _judged(question: Question) -> Report:
             f"{question.what}: f is {truth.value[0]} at the arguments given; nothing can be judged."
         )
     if native_problem is not None:
-        return _broken_report(question, native_problem, truth, points)
+        return _broken_report(question, native_problem, truth)
     assert native is not None
 
-    wide, wide_function = _wide_run(question, points)
+    wide, wide_jaxpr = _wide_run(question, points)
     eps_native = _eps_native(question)
     judged = Verdicts(question, truth, points, value, eps_native)
     names = question.paths + (["value"] if question.has_value else [])
     if wide is not None:
         # What the gradient computes with if that is coarser than float64, but never more than it was given.
         eps = EPS
-        if wide_function.jaxpr is not None:
-            eps = min(max(EPS, coarsest(wide_function.jaxpr)), eps_native)
+        if wide_jaxpr is not None:
+            eps = min(max(EPS, coarsest(wide_jaxpr)), eps_native)
         elif eps_native > EPS:
             eps = min(eps_native, float(np.finfo(np.float32).eps))
         for p in range(len(points)):
@@ -341,9 +341,7 @@ def _judged(question: Question) -> Report:
     if not report:
         exact = judged.exact[: len(truth.gradient)]
         got = [w[0] for w in wide] if wide is not None else [np.asarray(x, np.float64) for x in native]
-        diagnoses = diagnose(
-            _evidence(question, truth, exact, points, got, wide, wide_function, leaves, native)
-        )
+        diagnoses = diagnose(_evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native))
     return Report(
         question.what,
         leaves,
@@ -426,8 +424,8 @@ def _same_program(a: Any, b: Any) -> bool:
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a.consts, b.consts, strict=True))
 
 
-def _wide_run(question: Question, points: list[Point]) -> tuple[list[Numbers] | None, "Evaluator"]:
-    """The gradient at all points in float64; None if it refuses float64."""
+def _wide_run(question: Question, points: list[Point]) -> tuple[list[Numbers] | None, Any]:
+    """The gradient at all points in float64, None if it refuses float64; and its jaxpr, if it has one."""
     with wide_promotion():
         arrays = [jnp.asarray(x) for x in question.arrays(points[0].theta, wide_array)]
 
@@ -436,16 +434,14 @@ def _wide_run(question: Question, points: list[Point]) -> tuple[list[Numbers] | 
 
     try:
         function = Evaluator(question, candidate, arrays)
-        return function([point.theta for point in points]), function
+        return function([point.theta for point in points]), function.jaxpr
     except Broken as problem:
         question.contract.append(f"with float64 arguments: {problem.problem}")
     except Exception as error:  # a kernel that takes one dtype only
         question.notes.append(
             f"the gradient does not run in float64 ({name_of(error)}); judged in its own dtype"
         )
-    function = object.__new__(Evaluator)
-    function.jaxpr = None
-    return None, function
+    return None, None
 
 
 def _eps_native(question: Question) -> float:
@@ -458,7 +454,7 @@ def _eps_native(question: Question) -> float:
     return max(eps, coarsest(jaxpr)) if jaxpr is not None else eps
 
 
-def _broken_report(question: Question, problem: Broken, truth: Truth, points: list[Point]) -> Report:
+def _broken_report(question: Question, problem: Broken, truth: Truth) -> Report:
     contract = (*question.contract, problem.problem)
     evidence = Evidence(
         paths=question.paths,
@@ -490,15 +486,12 @@ def _sizes(question: Question) -> list[int]:
     )
 
 
-def _evidence(question, truth, exact, points, got, wide, wide_function, leaves, native) -> Evidence:
+def _evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native) -> Evidence:
     n_gradient = len(truth.gradient)
     return Evidence(
         paths=question.paths,
         got=list(got[:n_gradient]),
         truth=[g[0] for g in exact],
-        unit=[
-            u[0] * max(1.0, _eps_native(question) / truth.eps if wide is None else 1.0) for u in truth.unit
-        ],
         params=[points[0].theta[question.moving.index(i)] for i in question.judged],
         sizes=_sizes(question),
         verdicts=[leaf.verdict for leaf in leaves[:n_gradient]],
@@ -508,6 +501,6 @@ def _evidence(question, truth, exact, points, got, wide, wide_function, leaves, 
             if wide is not None and np.isfinite(truth.value[p])
         ],
         is_wide=all(jnp.result_type(question.leaves[i]) == np.float64 for i in question.judged),
-        computes_with=coarsest(wide_function.jaxpr) if wide_function.jaxpr is not None else EPS,
+        computes_with=coarsest(wide_jaxpr) if wide_jaxpr is not None else EPS,
         native=[np.asarray(x).astype(np.float64) for x in native[:n_gradient]],
     )

@@ -16,7 +16,7 @@ Numbers = Any  # NumPy: an array, or a number where the shape is ()
 class Evidence:
     """What is known when a gradient was found wrong, everything in float64.
 
-    got, truth, unit, params: one array per leaf, at the point given; `got` is None where there is none
+    got, truth, params: one array per leaf, at the point given; `got` is None where there is none
     sizes: axis lengths of the arguments, among which a forgotten N may be
     elsewhere: (point, got, truth) at other points
     native: as the gradient was returned, in its own dtype
@@ -27,7 +27,6 @@ class Evidence:
     truth: list
     params: list
     sizes: list[int]
-    unit: list = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     elsewhere: list[tuple] = field(default_factory=list)
     is_wide: bool = False

@@ -122,6 +122,22 @@ class Question:
             raise TypeError(f"{self.what}: f needs to return a float, got {jnp.result_type(out)}.")
         return out
 
+    def value_and_gradient(self, f: Callable[[list[Any]], Any]) -> Callable[[list[Any]], list[Any]]:
+        """Autodiff's gradient of a function of the array leaves, for the judged ones, and its value last."""
+        judged = [i for i, leaf in enumerate(np.flatnonzero(self.is_array)) if leaf in self.judged]
+
+        def both(arrays):
+            def of_judged(xs):
+                whole = list(arrays)
+                for i, x in zip(judged, xs, strict=True):
+                    whole[i] = x
+                return f(whole)
+
+            value, gradient = jax.value_and_grad(of_judged)([arrays[i] for i in judged])
+            return [*gradient, value]
+
+        return both
+
     def candidate(self, arrays: Sequence[Any], *, native: bool) -> list[Any]:
         """The gradient's float leaves (and the value, last); raises Broken where they cannot be compared."""
         out, value = self.gradient(*self.build(arrays)), None
@@ -269,7 +285,7 @@ class Evaluator:
                 compiled = compiled_once(("points", axes, program_key(self.jaxpr)), make)
                 return [np.asarray(out, np.float64) for out in compiled(*arrays)]
             except NotImplementedError:  # something that vmap does not know, such as a callback
-                self.cannot_vmap = True
+                pass
             compiled = compiled_once(("point", program_key(self.jaxpr)), lambda: run)
             rows = []
             for n in range(len(points)):

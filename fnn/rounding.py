@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 # What moves, compares or selects numbers, and so rounds nothing; negation and abs are exact too.
@@ -58,6 +59,14 @@ def noisy(closed: ClosedJaxpr) -> tuple[Callable[..., list[Any]], list[tuple[int
             *closed.in_avals,
         )
     return run, recorder.shapes
+
+
+def random_signs(rng: np.random.Generator, shapes: Sequence[tuple[int, ...]], samples: int) -> list[Any]:
+    """Signs for `noisy`, for a first run that is exact and `samples` that are not, along a first axis."""
+    signs = [2 * rng.integers(0, 2, (samples + 1, *shape), dtype=np.int8) - 1 for shape in shapes]
+    for sign in signs:
+        sign[0] = 0
+    return signs
 
 
 def without_custom_rules(closed: ClosedJaxpr) -> Callable[..., list[Any]]:

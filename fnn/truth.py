@@ -29,7 +29,7 @@ from .question import (
     wide_array,
     wide_promotion,
 )
-from .rounding import CUSTOM, coarsest, noisy, primitives, without_custom_rules
+from .rounding import CUSTOM, coarsest, noisy, primitives, random_signs, without_custom_rules
 
 SAMPLES = 8  # runs of Monte-Carlo arithmetic: the spread of 8 is ten times too small once in 10^7
 LIMIT = 16.0  # rounding units allowed; what right gradients reach is in experiments/benchmarks
@@ -76,7 +76,7 @@ def points_around(question: Question, rng: np.random.Generator) -> list[Point]:
 
 def find_truth(question: Question, points: list[Point], rng: np.random.Generator) -> tuple[Truth, Evaluator]:
     """Autodiff in float64 at every point, with its rounding units and its confirmation."""
-    arrays = question.arrays([x for x in points[0].theta], wide_array)
+    arrays = question.arrays(points[0].theta, wide_array)
     with wide_promotion():
         arrays = [jnp.asarray(x) for x in arrays]
     value = Evaluator(question, lambda arrays: [question.value(arrays)], arrays)
@@ -86,27 +86,11 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
         and "f needs to return" in str(value.error)
     ):
         raise value.error
-    judged_of_arrays = [
-        i for i, leaf in enumerate(np.flatnonzero(question.is_array)) if leaf in question.judged
-    ]
-    traced = None
+    traced, has_rule = None, False
     if value.jaxpr is not None:
-        plain = (
-            without_custom_rules(value.jaxpr)
-            if primitives(value.jaxpr) & CUSTOM
-            else jaxpr_as_fun(value.jaxpr)
-        )
-
-        def value_and_gradient(arrays):
-            def of_judged(judged):
-                whole = list(arrays)
-                for i, x in zip(judged_of_arrays, judged, strict=True):
-                    whole[i] = x
-                return plain(*whole)[0]
-
-            value, gradient = jax.value_and_grad(of_judged)([arrays[i] for i in judged_of_arrays])
-            return [*gradient, value]
-
+        has_rule = bool(primitives(value.jaxpr) & CUSTOM)
+        plain = without_custom_rules(value.jaxpr) if has_rule else jaxpr_as_fun(value.jaxpr)
+        value_and_gradient = question.value_and_gradient(lambda arrays: plain(*arrays)[0])
         with wide_promotion():
             traced, _ = trace(value_and_gradient, arrays)
     if traced is None:
@@ -119,11 +103,7 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
         samples = 1
         del points[1:]
     directions, offsets = _offsets(question, points, rng)
-    signs = [
-        (2 * rng.integers(0, 2, (samples + 1, *shape), dtype=np.int8) - 1).astype(np.int8) for shape in shapes
-    ]
-    for sign in signs:
-        sign[0] = 0
+    signs = random_signs(rng, shapes, samples)
     is_moving = value.is_moving
     axes = [0 if moves else None for moves in is_moving]
     f = jaxpr_as_fun(value.jaxpr)
@@ -152,9 +132,8 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
     value_unit = rms(values[:, 1:] - values[:, :1], axis=1)[:, 0] + eps * np.abs(values[:, 0])
     exact = [np.array(g[:, 0]) for g in gradient]  # writable: corrected where autodiff is at fault
     units = _floored(units, exact, eps)
-    confirmed = _confirmed(question, along, exact, units, directions, value_unit)
-    passed = primitives(value.jaxpr) & CUSTOM if value.jaxpr is not None else set()
-    judge = "autodiff in float64" + (", past the custom rule that f carries" if passed else "")
+    confirmed = _confirmed(question, along, exact, directions, value_unit)
+    judge = "autodiff in float64" + (", past the custom rule that f carries" if has_rule else "")
     judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
     inside = np.isfinite(along).all(axis=1)
     at_points = Evaluator.of_jaxpr(question, traced, arrays)
@@ -179,7 +158,7 @@ def _offsets(question: Question, points: list[Point], rng: np.random.Generator):
     return directions, offsets
 
 
-def _confirmed(question, along, exact, units, directions, value_unit) -> Numbers:
+def _confirmed(question, along, exact, directions, value_unit) -> Numbers:
     """Whether Richardson's difference quotient agrees with autodiff along the direction, point by point."""
     h = STEPS[0]
     coarse, fine = (along[:, 0] - along[:, 1]) / (2 * h), (along[:, 2] - along[:, 3]) / h

@@ -15,7 +15,7 @@ import numpy as np
 
 from .question import Evaluator, Numbers, Point, Question, as_it_is, compiled_once, program_key, trace
 from .report import AT_FAULT, KINK, LOST, RIGHT, UNJUDGED, WRONG, Leaf
-from .rounding import CUSTOM_JVP, noisy, primitives
+from .rounding import CUSTOM_JVP, noisy, primitives, random_signs
 from .truth import EPS, LIMIT, SAMPLES, Truth, rms
 
 ENTRIES = 48  # looked at one by one, by differences, where autodiff and the gradient disagree
@@ -125,26 +125,11 @@ class Verdicts:
         """What autodiff itself loses in the dtype given, by its error and by Monte-Carlo arithmetic."""
         question = self.question
         arrays = question.arrays(None, as_it_is)
-        judged = [i for i, leaf in enumerate(np.flatnonzero(question.is_array)) if leaf in question.judged]
-
-        def gradient(arrays):
-            def of_judged(xs):
-                whole = list(arrays)
-                for i, x in zip(judged, xs, strict=True):
-                    whole[i] = x
-                return question.value(whole)
-
-            value, gradient = jax.value_and_grad(of_judged)([arrays[i] for i in judged])
-            return [*gradient, value]
-
-        jaxpr, _ = trace(gradient, arrays)
+        jaxpr, _ = trace(question.value_and_gradient(question.value), arrays)
         if jaxpr is None:
             return [np.zeros_like(exact[0]) for exact in self.exact]
         run, shapes = noisy(jaxpr)
-        rng = np.random.default_rng(question.seed)
-        signs = [rng.choice(np.array([-1, 1], np.int8), (SAMPLES + 1, *shape)) for shape in shapes]
-        for sign in signs:
-            sign[0] = 0
+        signs = random_signs(np.random.default_rng(question.seed), shapes, SAMPLES)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             axes = (0,) + (None,) * len(arrays)
             compiled = compiled_once(("own", axes, program_key(jaxpr)), lambda: jax.vmap(run, in_axes=axes))
