@@ -23,8 +23,7 @@ fnn: Any = package  # without types: wrong ones are the point
 
 pytestmark = pytest.mark.usefixtures("no_shape_annotations", "standard_promotion")
 
-KEY = jax.random.key(0)
-N, K = 6, 3
+N, K = 6, 3  # constants of NumPy: importing this file starts no device, so mutmut can fork after it
 X = np.random.default_rng(0).standard_normal((N, 4)).astype(np.float32)
 y = np.array([0, 1, 2, 0, 1, 2])
 P = np.eye(K, dtype=np.float32)[y]  # one-hot
@@ -32,11 +31,15 @@ T = np.ones((N, K), np.float32)  # targets of a regression
 w = np.ones(N, np.float32)
 
 
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
 def layers(*widths: int) -> Any:
     """Parameters without compiling anything, in float32."""
     shapes = zip(widths[1:], widths[:-1], strict=True)
     Ws = [np.random.default_rng(1).standard_normal(shape) / shape[1] ** 0.5 for shape in shapes]
-    return tuple(fnn.Layer(jnp.asarray(W, "float32"), jnp.asarray(0 * W[:, 0], "float32")) for W in Ws)
+    return tuple(fnn.Layer(W.astype("float32"), (0 * W[:, 0]).astype("float32")) for W in Ws)
 
 
 PARAMS = layers(4, 5, K)
@@ -67,7 +70,7 @@ FLOAT_LOSSES = {
 
 
 def fit(cost: Any = CLASSES, optimizer: Any = SGD, params: Any = PARAMS, data: Any = (X, y), **options: Any):
-    options = {"key": KEY, "epochs": 1, "batch_size": 3, "progress": False} | options
+    options = {"key": key(), "epochs": 1, "batch_size": 3, "progress": False} | options
     return fnn.fit(cost, optimizer, params, data, **options)
 
 
@@ -87,7 +90,7 @@ def of_dtype(dtype: Any, params: Any = PARAMS) -> Any:
 
 
 def state() -> Any:
-    return fnn.train_state(SGD, PARAMS, KEY)
+    return fnn.train_state(SGD, PARAMS, key())
 
 
 class Frame:
@@ -283,7 +286,7 @@ BAD = {
         r"X of validation needs to be finite, got nan"),
     "NaN in params": Bad(lambda: fit(params=(FIRST, LAST._replace(b=LAST.b * np.nan))), ValueError,
         r"params\[1\]\.b needs to be finite"),
-    "inf in params": Bad(lambda: fit(params=(FIRST._replace(W=FIRST.W / 0), LAST)), ValueError,
+    "inf in params": Bad(lambda: fit(params=(FIRST._replace(W=FIRST.W * np.inf), LAST)), ValueError,
         r"params\[0\]\.W needs to be finite, got"),
     "NaN in bfloat16": Bad(
         lambda: fit(params=of_dtype(jnp.bfloat16), data=((X * np.nan).astype(jnp.bfloat16), y)), ValueError,
@@ -375,59 +378,59 @@ BAD = {
         r"W of layer 1 is empty, \(0, 4\); widths need to be at least 1"),
     "summary of a network": Bad(lambda: fnn.summary(NET), TypeError, r"summary: params needs.*got Network"),
     # init
-    "sizes (5,)": Bad(lambda: fnn.init(KEY, (5,)), ValueError,
+    "sizes (5,)": Bad(lambda: fnn.init(key(), (5,)), ValueError,
         r"sizes needs the widths of.*such as \(64, 128, 10\); got \(5,\)"),
-    "sizes a string": Bad(lambda: fnn.init(KEY, "64"), ValueError, r"sizes needs the widths of.*got '64'"),
-    "sizes bytes": Bad(lambda: fnn.init(KEY, b"64"), ValueError, r"sizes needs the widths of.*got b'64'"),
-    "sizes a number": Bad(lambda: fnn.init(KEY, 64), ValueError, r"sizes needs the widths of.*got 64"),
-    "a width of 0": Bad(lambda: fnn.init(KEY, (3, 0)), ValueError,
+    "sizes a string": Bad(lambda: fnn.init(key(), "64"), ValueError, r"sizes needs the widths of.*got '64'"),
+    "sizes bytes": Bad(lambda: fnn.init(key(), b"64"), ValueError, r"sizes needs the widths of.*got b'64'"),
+    "sizes a number": Bad(lambda: fnn.init(key(), 64), ValueError, r"sizes needs the widths of.*got 64"),
+    "a width of 0": Bad(lambda: fnn.init(key(), (3, 0)), ValueError,
         r"hold positive integers, got 0 in \(3, 0\)"),
-    "a width of 2.5": Bad(lambda: fnn.init(KEY, (3, 2.5)), ValueError,
+    "a width of 2.5": Bad(lambda: fnn.init(key(), (3, 2.5)), ValueError,
         r"hold positive integers, got 2\.5 in"),
-    "a width of -1": Bad(lambda: fnn.init(KEY, (3, -1)), ValueError, r"hold positive integers, got -1 in"),
-    "a width of True": Bad(lambda: fnn.init(KEY, (3, True)), ValueError,
+    "a width of -1": Bad(lambda: fnn.init(key(), (3, -1)), ValueError, r"hold positive integers, got -1 in"),
+    "a width of True": Bad(lambda: fnn.init(key(), (3, True)), ValueError,
         r"hold positive integers, got True in"),
-    "a width an array": Bad(lambda: fnn.init(KEY, (3, np.array([4, 5]))), ValueError,
+    "a width an array": Bad(lambda: fnn.init(key(), (3, np.array([4, 5]))), ValueError,
         r"hold positive integers, got array\(\[4, 5\]\)"),
-    "init dtype int": Bad(lambda: fnn.init(KEY, (3, 2), dtype=int), TypeError,
+    "init dtype int": Bad(lambda: fnn.init(key(), (3, 2), dtype=int), TypeError,
         r"dtype needs to be a float dtype.*got int64"),
-    "init dtype of eight bits": Bad(lambda: fnn.init(KEY, (3, 2), dtype=jnp.float8_e4m3fn), TypeError,
+    "init dtype of eight bits": Bad(lambda: fnn.init(key(), (3, 2), dtype=jnp.float8_e4m3fn), TypeError,
         r"of 16 to 64 bits.*got float8_e4m3fn"),
-    "init dtype no dtype": Bad(lambda: fnn.init(KEY, (3, 2), dtype="floot32"), TypeError,
+    "init dtype no dtype": Bad(lambda: fnn.init(key(), (3, 2), dtype="floot32"), TypeError,
         r"one such as jnp\.float32, got 'floot32'"),
     "init dtype float64 without x64": Bad(
-        lambda: without_x64(lambda: fnn.init(KEY, (3, 2), dtype="float64")), TypeError,
+        lambda: without_x64(lambda: fnn.init(key(), (3, 2), dtype="float64")), TypeError,
         r"float64 needs 64-bit JAX: call"),
     "init key an int": Bad(lambda: fnn.init(0, (3, 2)), TypeError,
         r"key needs to be one PRNG key of JAX, got 0; make one with jax\.random\.key"),
     "init key a large seed": Bad(lambda: fnn.init(2**32, (3, 2)), TypeError,
         r"one PRNG key of JAX, got 4294967296"),
-    "init key many": Bad(lambda: fnn.init(jax.random.split(KEY, 3), (3, 2)), TypeError,
+    "init key many": Bad(lambda: fnn.init(jax.random.split(key(), 3), (3, 2)), TypeError,
         r"one PRNG key.*\(3,\); of many keys, take one"),
     "init key of the wrong length": Bad(lambda: fnn.init(jnp.zeros(3, jnp.uint32), (3, 2)), TypeError,
         r"one PRNG key of JAX, got uint32 \(3,\)"),
     "init key NumPy's generator": Bad(lambda: fnn.init(np.random.default_rng(0), (3, 2)), TypeError,
         r"one PRNG key of JAX, got Generator"),
     "an initialiser's factory": Bad(
-        lambda: fnn.init(KEY, (3, 2), weights=jax.nn.initializers.he_normal), TypeError,
+        lambda: fnn.init(key(), (3, 2), weights=jax.nn.initializers.he_normal), TypeError,
         r"initialiser of W of layer 1 returned no array.*are made by a call, such as he_normal\("),
     "an initialiser's factory with other arguments": Bad(
-        lambda: fnn.init(KEY, (3, 2), weights=jax.nn.initializers.normal), TypeError,
+        lambda: fnn.init(key(), (3, 2), weights=jax.nn.initializers.normal), TypeError,
         r"initialiser of W of layer 1, shape \(2, 3\), failed.*needs to be a function \(key, shape, dtype\)"),
-    "jnp.zeros as initialiser": Bad(lambda: fnn.init(KEY, (3, 2), bias=jnp.zeros), TypeError,
+    "jnp.zeros as initialiser": Bad(lambda: fnn.init(key(), (3, 2), bias=jnp.zeros), TypeError,
         r"initialiser of b of layer 1.*failed.*use fnn\.zeros"),
     "an initialiser of the wrong shape": Bad(
-        lambda: fnn.init(KEY, (3, 2), weights=lambda key, shape, _: jnp.zeros(shape[::-1])), ValueError,
+        lambda: fnn.init(key(), (3, 2), weights=lambda key, shape, _: jnp.zeros(shape[::-1])), ValueError,
         r"W of layer 1 needs to return shape \(2, 3\) and dtype float64, got \(3, 2\)"),
     "an initialiser of the wrong dtype": Bad(
-        lambda: fnn.init(KEY, (3, 2), weights=lambda key, shape, _: np.zeros(shape, "float32")), ValueError,
+        lambda: fnn.init(key(), (3, 2), weights=lambda key, shape, _: np.zeros(shape, "float32")), ValueError,
         r"W of layer 1 needs to return.*float64, got \(2, 3\) and float32"),
     "an initialiser that counts inputs, for the bias": Bad(
-        lambda: fnn.init(KEY, (3, 2), bias=fnn.he_normal), ValueError,
+        lambda: fnn.init(key(), (3, 2), bias=fnn.he_normal), ValueError,
         r"initialiser of b of layer 1, shape \(2,\).*fnn\.zeros"),
-    "weights a number": Bad(lambda: fnn.init(KEY, (3, 2), weights=0.1), TypeError,
+    "weights a number": Bad(lambda: fnn.init(key(), (3, 2), weights=0.1), TypeError,
         r"weights needs a function \(key, shape, dtype\).*got 0\.1"),
-    "bias False": Bad(lambda: fnn.init(KEY, (3, 2), bias=False), TypeError,
+    "bias False": Bad(lambda: fnn.init(key(), (3, 2), bias=False), TypeError,
         r"bias needs a function.*got False"),
     # cost
     "l2 negative": Bad(lambda: fnn.cost(NET, fnn.squared_error, l2=-1), ValueError,
@@ -511,7 +514,7 @@ BAD = {
         r"fit: key needs to be one PRNG key of JAX, got None; make one"),
     "key an int": Bad(lambda: fit(key=0), TypeError,
         r"fit: key needs to be one PRNG key of JAX, got 0; make one"),
-    "key many": Bad(lambda: fit(key=jax.random.split(KEY)), TypeError,
+    "key many": Bad(lambda: fit(key=jax.random.split(key())), TypeError,
         r"one PRNG key.*\(2,\); of many keys, take one"),
     "an unknown option": Bad(lambda: fit(shuffle=True), TypeError, r"unexpected keyword argument 'shuffle'"),
     "fit inside jit": Bad(lambda: jax.jit(lambda params: fit(params=params).params)(PARAMS), TypeError,
@@ -568,7 +571,7 @@ BAD = {
     "data a loader": Bad(lambda: fit(data=iter([(X, y)])), TypeError,
         r"needs to be \(X, y\).*got list_iterator"),
     "X and y as two arguments": Bad(
-        lambda: fnn.fit(CLASSES, SGD, PARAMS, X, y, key=KEY, epochs=1, batch_size=3), TypeError,
+        lambda: fnn.fit(CLASSES, SGD, PARAMS, X, y, key=key(), epochs=1, batch_size=3), TypeError,
         r"positional arguments"),
     "data with X a list": Bad(lambda: fit(data=(X.tolist(), y)), TypeError,
         r"X of data.*array, got list; use numpy\.asarray"),
@@ -590,7 +593,7 @@ BAD = {
         r"y of data.*dtype <U1.*numpy\.unique\(y, return_inverse"),
     "data with complex numbers": Bad(lambda: fit(data=(X + 1j, y)), TypeError,
         r"real numbers, got dtype complex"),
-    "data with keys": Bad(lambda: fit(data=(jax.random.split(KEY, N), y)), TypeError,
+    "data with keys": Bad(lambda: fit(data=(jax.random.split(key(), N), y)), TypeError,
         r"real numbers, got PRNG keys"),
     "data in another byte order": Bad(lambda: fit(data=(X.astype(">f4"), y)), TypeError,
         r"X of data has dtype >f4, which JAX does not know.*astype"),
@@ -712,12 +715,12 @@ BAD = {
         r"of a network made by fnn\.mlp"),
     "gradient of a cost": Bad(lambda: fnn.gradient(CLASSES), TypeError,
         r"needs a sweep, as fnn\.backprop makes, got Cost.*fnn\.value_and_grad\(cost\)"),
-    "train_state of an optimiser not made": Bad(lambda: fnn.train_state(optax.adam, PARAMS, KEY), TypeError,
+    "train_state of an optimiser not made": Bad(lambda: fnn.train_state(optax.adam, PARAMS, key()), TypeError,
         r"train_state: optimizer.*call it: optax\.adam\("),
     "train_state with a seed": Bad(lambda: fnn.train_state(SGD, PARAMS, 0), TypeError,
         r"train_state: key needs to be one"),
     "train_state of float64, narrowed": Bad(
-        lambda: without_x64(lambda: fnn.train_state(SGD, of_dtype("float64"), KEY)), TypeError,
+        lambda: without_x64(lambda: fnn.train_state(SGD, of_dtype("float64"), key())), TypeError,
         r"params\[0\]\.W is float64"),
     "train_step of params": Bad(lambda: fnn.train_step(CLASSES, SGD, PARAMS, X, y), TypeError,
         r"state needs to be a TrainState, as fnn\.train_state"),
@@ -778,7 +781,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "a raw key of NumPy": lambda: fit(key=np.array([0, 1], np.uint32)),
     "a raw key for init": lambda: fnn.init(jax.random.PRNGKey(0), (4, 5, 3), weights=fnn.zeros),
     "keys under vmap": lambda: jax.vmap(lambda key: fnn.init(key, (3, 2), weights=fnn.zeros))(
-        jax.random.split(KEY, 3)
+        jax.random.split(key(), 3)
     ),
     "batch_size and epochs of NumPy": lambda: fit(batch_size=np.int64(3), epochs=np.uint8(1)),
     "batch_size and epochs as arrays of one": lambda: fit(batch_size=np.array(3), epochs=jnp.array(1)),
@@ -808,10 +811,10 @@ GOOD: dict[str, Callable[[], Any]] = {
         jnp.array([0.1, 0.2])
     ),
     "a slope of NumPy": lambda: fnn.leaky_relu(np.float32(0.5))(X),
-    "sizes of NumPy": lambda: fnn.init(KEY, [np.int64(4), np.uint8(5), 3]),
-    "a range of sizes": lambda: fnn.init(KEY, range(3, 6), weights=fnn.zeros),
-    "dtype by name": lambda: fnn.init(KEY, (3, 2), dtype="bfloat16", weights=fnn.zeros),
-    "dtype as an object": lambda: fnn.init(KEY, (3, 2), dtype=np.dtype("float16"), weights=fnn.zeros),
+    "sizes of NumPy": lambda: fnn.init(key(), [np.int64(4), np.uint8(5), 3]),
+    "a range of sizes": lambda: fnn.init(key(), range(3, 6), weights=fnn.zeros),
+    "dtype by name": lambda: fnn.init(key(), (3, 2), dtype="bfloat16", weights=fnn.zeros),
+    "dtype as an object": lambda: fnn.init(key(), (3, 2), dtype=np.dtype("float16"), weights=fnn.zeros),
     "a rule of one's own, of one number for each example": lambda: fit(
         OF_NUMBERS, params=jnp.float32(0), data=(w, w)
     ),
