@@ -250,7 +250,9 @@ def _with_data_reversed(question: Question, report: Report) -> Report:
             or jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         ):
             return x
-        return x[::-1, ::-1] if x.ndim == 2 and x.shape[0] == x.shape[1] else x[::-1]
+        host = np.asarray(x)  # where nothing is compiled
+        host = host[::-1, ::-1] if host.ndim == 2 and host.shape[0] == host.shape[1] else host[::-1]
+        return jnp.asarray(host) if isinstance(x, jax.Array) else host
 
     moving = set(question.positions) | set(question.also_moving) | ({0} if question.is_rule else set())
     args = tuple(x if i in moving else jax.tree.map(reverse, x) for i, x in enumerate(question.args))

@@ -9,7 +9,8 @@ Sources: Parker (1997), *Monte Carlo Arithmetic*; Higham (2002), *Accuracy and S
 Algorithms*, §2.8 and §26.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import jax
@@ -28,45 +29,47 @@ EXACT = frozenset(
 SUMS = frozenset("reduce_sum dot_general conv_general_dilated cumsum scatter-add reduce_window_sum".split())
 
 
-class _Signs:
-    """Deals the ±1 that a run needs, array by array; without a hand of them it writes down their shapes."""
+def noisy(closed: ClosedJaxpr) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """The traced function with rounding made audible: (factors, *inputs) -> outputs, and the factors' avals.
 
-    def __init__(self, hand: Sequence[Any] | None = None):
-        self.hand = None if hand is None else iter(hand)
-        self.shapes: list[tuple[int, ...]] = []
-
-    def draw(self, shape: tuple[int, ...]) -> Any:
-        if self.hand is not None:
-            return next(self.hand)
-        self.shapes.append(shape)
-        return jnp.zeros(shape, jnp.int8)
-
-
-def noisy(closed: ClosedJaxpr) -> tuple[Callable[..., list[Any]], list[tuple[int, ...]]]:
-    """The traced function with rounding made audible: (signs, *inputs) -> outputs, and the signs' shapes.
-
-    signs: one array of -1, 0 or 1 for each shape; with zeros it is the function itself. Rules that users gave
-    their functions (`custom_vjp`, `custom_jvp`) are passed over: what they stand for is evaluated.
+    factors: one array for each result that is rounded, of 1 or 1 ± eps; with ones it is the function itself.
+    Rules that users gave their functions (`custom_vjp`, `custom_jvp`) are passed over: what they stand for is
+    evaluated.
     """
 
-    def run(signs, *inputs):
-        return _evaluate(closed.jaxpr, closed.consts, inputs, _Signs(signs), rounds_inputs=True)
+    def run(factors, *inputs):
+        return _evaluate(closed.jaxpr, closed.consts, inputs, iter(factors), rounds_inputs=True)
 
-    recorder = _Signs()
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        jax.eval_shape(
-            lambda *inputs: _evaluate(closed.jaxpr, closed.consts, inputs, recorder, rounds_inputs=True),
-            *closed.in_avals,
+    return run, [*_floats(closed.in_avals), *_rounded(closed.jaxpr)]
+
+
+def random_factors(rng: np.random.Generator, avals: Sequence[Any], samples: int) -> list[Any]:
+    """Factors for `noisy`, for a first run that is exact and `samples` that are not, along a first axis."""
+    dealt = []
+    for aval in avals:
+        signs = 2 * rng.integers(0, 2, (samples + 1, *aval.shape), dtype=np.int8) - 1
+        signs[0] = 0
+        dealt.append((1 + float(jnp.finfo(aval.dtype).eps) * signs).astype(aval.dtype))
+    return dealt
+
+
+def hashed_factors(seed: int, avals: Sequence[Any]) -> list[Any]:
+    """Factors for one run of `noisy`, made inside a compiled program: as large as they are, none is stored.
+
+    The sign is a bit of the hashed position. Source: Appleby's MurmurHash3 (2011), its 32-bit finaliser.
+    """
+    dealt = []
+    for n, aval in enumerate(avals):
+        size = int(np.prod(aval.shape))
+        bits = jax.lax.iota(jnp.uint32, size) + np.uint32((0x9E3779B9 * (seed + 977 * n + 1)) % 2**32)
+        for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(odd)
+        eps = float(jnp.finfo(aval.dtype).eps)
+        factors = jnp.where(
+            bits >> np.uint32(31), jnp.asarray(1 + eps, aval.dtype), jnp.asarray(1 - eps, aval.dtype)
         )
-    return run, recorder.shapes
-
-
-def random_signs(rng: np.random.Generator, shapes: Sequence[tuple[int, ...]], samples: int) -> list[Any]:
-    """Signs for `noisy`, for a first run that is exact and `samples` that are not, along a first axis."""
-    signs = [2 * rng.integers(0, 2, (samples + 1, *shape), dtype=np.int8) - 1 for shape in shapes]
-    for sign in signs:
-        sign[0] = 0
-    return signs
+        dealt.append(factors.reshape(aval.shape))
+    return dealt
 
 
 def without_custom_rules(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
@@ -112,40 +115,66 @@ def _closed(jaxpr: Any) -> Any:
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
 
 
-def _evaluate(jaxpr, consts, inputs, signs: _Signs | None, *, rounds_inputs: bool = False) -> list:
+def _floats(avals: Sequence[Any]) -> list[Any]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals if jnp.issubdtype(a.dtype, jnp.floating)]
+
+
+def _rounded(jaxpr: Any) -> list[Any]:
+    """What `_evaluate` multiplies by a factor, in its order: shapes and dtypes."""
+    avals: list[Any] = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "scan":
+            own = _rounded(_closed(eqn.params["jaxpr"]).jaxpr)
+            avals += [jax.ShapeDtypeStruct((eqn.params["length"], *a.shape), a.dtype) for a in own]
+        elif name == "while":
+            avals += _rounded(_closed(eqn.params["body_jaxpr"]).jaxpr)
+        elif name == "cond":
+            for branch in eqn.params["branches"]:
+                avals += _rounded(_closed(branch).jaxpr)
+        elif (inner := _called(eqn)) is not None:
+            avals += _rounded(inner.jaxpr)
+        else:
+            if name in SUMS:
+                avals += _floats([eqn.invars[0].aval])
+            if name not in EXACT and not _is_exact_conversion(eqn):
+                avals += _floats([out.aval for out in eqn.outvars])
+    return avals
+
+
+def _evaluate(jaxpr, consts, inputs, factors: Iterator[Any] | None, *, rounds_inputs: bool = False) -> list:
     values: dict[Any, Any] = {}
 
     def read(atom):
         return atom.val if isinstance(atom, Literal) else values[atom]
 
-    def perturbed(x):
-        if signs is None or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+    def perturbed(x, aval):
+        if factors is None or not jnp.issubdtype(aval.dtype, jnp.floating):
             return x
-        eps = jnp.asarray(jnp.finfo(x.dtype).eps, x.dtype)
-        return x * (1 + eps * signs.draw(x.shape).astype(x.dtype))
+        return jax.lax.mul(jnp.asarray(x, aval.dtype), next(factors))
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, inputs, strict=True))
     if rounds_inputs:
         for var in jaxpr.invars:
-            values[var] = perturbed(values[var])
+            values[var] = perturbed(values[var], var.aval)
     for eqn in jaxpr.eqns:
         ins, name = [read(atom) for atom in eqn.invars], eqn.primitive.name
         if name == "scan":
-            outs = _scan(eqn, ins, signs)
+            outs = _scan(eqn, ins, factors)
         elif name == "while":
-            outs = _while(eqn, ins, signs)
+            outs = _while(eqn, ins, factors)
         elif name == "cond":
-            outs = _cond(eqn, ins, signs)
+            outs = _cond(eqn, ins, factors)
         elif (inner := _called(eqn)) is not None:
-            outs = _evaluate(inner.jaxpr, inner.consts, ins, signs)
+            outs = _evaluate(inner.jaxpr, inner.consts, ins, factors)
         else:
             if name in SUMS:  # the order of a sum is free: its terms are perturbed, and the result
-                ins = [perturbed(ins[0]), *ins[1:]]
+                ins = [perturbed(ins[0], eqn.invars[0].aval), *ins[1:]]
             out = eqn.primitive.bind(*ins, **eqn.params)
             outs = list(out) if eqn.primitive.multiple_results else [out]
             if name not in EXACT and not _is_exact_conversion(eqn):
-                outs = [perturbed(out) for out in outs]
+                outs = [perturbed(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
         values.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -177,62 +206,57 @@ def _called(eqn: Any) -> ClosedJaxpr | None:
     return None
 
 
-def _recorded(closed: ClosedJaxpr, signs: _Signs | None) -> list[tuple[int, ...]]:
-    """The shapes of the signs that one run of an inner function needs."""
-    if signs is None:
-        return []
-    recorder = _Signs()
-    jax.eval_shape(lambda *x: _evaluate(closed.jaxpr, closed.consts, x, recorder), *closed.in_avals)
-    return recorder.shapes
+def _dealt(factors: Iterator[Any] | None, jaxpr: Any) -> list[Any] | None:
+    """The factors that an inner function needs, of the hand."""
+    return None if factors is None else list(islice(factors, len(_rounded(jaxpr))))
 
 
-def _scan(eqn: Any, ins: list, signs: _Signs | None) -> list:
+def _again(dealt: list[Any] | None) -> Iterator[Any] | None:
+    return None if dealt is None else iter(dealt)
+
+
+def _scan(eqn: Any, ins: list, factors: Iterator[Any] | None) -> list:
     params, body = eqn.params, _closed(eqn.params["jaxpr"])
     # Of the body's arguments those of the loop itself have one axis more, as have its stacked results.
     n_xs = sum(x.aval.ndim > inner.ndim for x, inner in zip(eqn.invars, body.in_avals, strict=True))
     n_carry = sum(x.aval.ndim == inner.ndim for x, inner in zip(eqn.outvars, body.out_avals, strict=True))
     n_consts = len(ins) - n_xs - n_carry
     consts, carry, xs = ins[:n_consts], ins[n_consts : n_consts + n_carry], ins[n_consts + n_carry :]
-    length, shapes = params["length"], _recorded(body, signs)
-    dealt = [signs.draw((length, *shape)) for shape in shapes] if signs else []
 
     def step(carry, x):
         own, x = x
-        inner = None if signs is None else _Signs(own)
-        outs = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *x], inner)
+        outs = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *x], _again(own))
         return outs[:n_carry], outs[n_carry:]
 
-    carry, ys = jax.lax.scan(step, carry, (dealt, xs), length=length, reverse=params["reverse"])
+    dealt = _dealt(factors, body.jaxpr)
+    carry, ys = jax.lax.scan(step, carry, (dealt, xs), length=params["length"], reverse=params["reverse"])
     return [*carry, *ys]
 
 
-def _while(eqn: Any, ins: list, signs: _Signs | None) -> list:
+def _while(eqn: Any, ins: list, factors: Iterator[Any] | None) -> list:
     params = eqn.params
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond, body = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
     for_cond, for_body, carry = ins[:n_cond], ins[n_cond : n_cond + n_body], ins[n_cond + n_body :]
-    dealt = [signs.draw(shape) for shape in _recorded(body, signs)] if signs else []  # the same each time
+    dealt = _dealt(factors, body.jaxpr)  # the same in every round
 
     def step(carry):
-        return _evaluate(
-            body.jaxpr, body.consts, [*for_body, *carry], None if signs is None else _Signs(dealt)
-        )
+        return _evaluate(body.jaxpr, body.consts, [*for_body, *carry], _again(dealt))
 
-    return list(
-        jax.lax.while_loop(
-            lambda carry: _evaluate(cond.jaxpr, cond.consts, [*for_cond, *carry], None)[0], step, list(carry)
-        )
-    )
+    def goes_on(carry):
+        return _evaluate(cond.jaxpr, cond.consts, [*for_cond, *carry], None)[0]
+
+    return list(jax.lax.while_loop(goes_on, step, list(carry)))
 
 
-def _cond(eqn: Any, ins: list, signs: _Signs | None) -> list:
+def _cond(eqn: Any, ins: list, factors: Iterator[Any] | None) -> list:
     index, *operands = ins
     branches = []
     for branch in map(_closed, eqn.params["branches"]):
-        dealt = [signs.draw(shape) for shape in _recorded(branch, signs)] if signs else []
+        dealt = _dealt(factors, branch.jaxpr)
 
         def run(*operands, branch=branch, dealt=dealt):
-            return _evaluate(branch.jaxpr, branch.consts, operands, None if signs is None else _Signs(dealt))
+            return _evaluate(branch.jaxpr, branch.consts, operands, _again(dealt))
 
         branches.append(run)
     return list(jax.lax.switch(index, branches, *operands))

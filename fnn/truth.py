@@ -29,7 +29,7 @@ from .question import (
     wide_array,
     wide_promotion,
 )
-from .rounding import CUSTOM, coarsest, noisy, primitives, random_signs, without_custom_rules
+from .rounding import CUSTOM, coarsest, noisy, primitives, random_factors, without_custom_rules
 
 SAMPLES = 8  # runs of Monte-Carlo arithmetic: the spread of 8 is ten times too small once in 10^7
 LIMIT = 16.0  # rounding units allowed; what right gradients reach is in experiments/benchmarks
@@ -95,38 +95,39 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
             traced, _ = trace(value_and_gradient, arrays)
     if traced is None:
         return _by_differences(question, points, value), value
-    with wide_promotion():
-        run, shapes = noisy(traced)
-    samples, work = SAMPLES, sum(int(np.prod(shape)) for shape in shapes)
+    run, avals = noisy(traced)
+    samples, work = SAMPLES, sum(int(np.prod(aval.shape)) for aval in avals)
     if work * len(points) * SAMPLES > BUDGET:
         question.notes.append("large: judged at the point given alone, with one sample of rounding")
         samples = 1
         del points[1:]
     directions, offsets = _offsets(question, points, rng)
-    signs = random_signs(rng, shapes, samples)
+    factors = random_factors(rng, avals, samples)
     is_moving = value.is_moving
     axes = [0 if moves else None for moves in is_moving]
     f = jaxpr_as_fun(value.jaxpr)
 
-    def program(signs, arrays, moved):
-        samples = jax.vmap(
-            lambda arrays: jax.vmap(lambda signs: run(signs, *arrays))(signs), in_axes=(axes,)
-        )(arrays)
-        along = jax.vmap(jax.vmap(lambda arrays: f(*arrays)[0], in_axes=(axes,)), in_axes=(axes,))(moved)
-        return samples, along
+    def program(factors, arrays, moved):
+        samples = jax.vmap(lambda factors, arrays: run(factors, *arrays), in_axes=(0, axes))(factors, arrays)
+        return samples, jax.vmap(lambda arrays: f(*arrays)[0], in_axes=(axes,))(moved)
 
-    def stacked(columns):
-        dealt = iter(columns)
-        return [next(dealt) if moves else x for moves, x in zip(is_moving, arrays, strict=True)]
+    def dealt(columns):
+        columns = iter(columns)
+        return [next(columns) if moves else x for moves, x in zip(is_moving, arrays, strict=True)]
 
-    at = stacked([np.stack(x) for x in zip(*(point.theta for point in points), strict=True)])
-    moved = stacked(offsets)
+    # One axis for all runs, points after points: nested axes would be traced twice.
+    n_points, n_runs = len(points), samples + 1
+    at = [np.stack(x) for x in zip(*(point.theta for point in points), strict=True)]
+    at = dealt(np.repeat(x, n_runs, axis=0) for x in at)
+    moved = dealt(x.reshape(-1, *x.shape[2:]) for x in offsets)
+    factors = [np.tile(x, (n_points,) + (1,) * (x.ndim - 1)) for x in factors]
     with wide_promotion():
         compiled = compiled_once(
             ("truth", tuple(is_moving), program_key(traced), program_key(value.jaxpr)), lambda: program
         )
-        samples_, along = jax.device_get(compiled(signs, at, moved))
-    *gradient, values = (np.asarray(x, np.float64) for x in samples_)
+        runs, along = jax.device_get(compiled(factors, at, moved))
+    along = along.reshape(n_points, -1)
+    *gradient, values = (np.asarray(x, np.float64).reshape(n_points, n_runs, *x.shape[1:]) for x in runs)
     eps = max(EPS, coarsest(traced))
     units = [rms(g[:, 1:] - g[:, :1], axis=1)[:, 0] for g in gradient]
     value_unit = rms(values[:, 1:] - values[:, :1], axis=1)[:, 0] + eps * np.abs(values[:, 0])

@@ -15,7 +15,7 @@ import numpy as np
 
 from .question import Evaluator, Numbers, Point, Question, as_it_is, compiled_once, program_key, trace
 from .report import AT_FAULT, KINK, LOST, RIGHT, UNJUDGED, WRONG, Leaf
-from .rounding import CUSTOM_JVP, noisy, primitives, random_signs
+from .rounding import CUSTOM_JVP, noisy, primitives, random_factors
 from .truth import EPS, LIMIT, SAMPLES, Truth, rms
 
 ENTRIES = 48  # looked at one by one, by differences, where autodiff and the gradient disagree
@@ -128,12 +128,12 @@ class Verdicts:
         jaxpr, _ = trace(question.value_and_gradient(question.value), arrays)
         if jaxpr is None:
             return [np.zeros_like(exact[0]) for exact in self.exact]
-        run, shapes = noisy(jaxpr)
-        signs = random_signs(np.random.default_rng(question.seed), shapes, SAMPLES)
+        run, avals = noisy(jaxpr)
+        factors = random_factors(np.random.default_rng(question.seed), avals, SAMPLES)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             axes = (0,) + (None,) * len(arrays)
             compiled = compiled_once(("own", axes, program_key(jaxpr)), lambda: jax.vmap(run, in_axes=axes))
-            samples = compiled(signs, *arrays)
+            samples = compiled(factors, *arrays)
         results = []
         for sample, exact in zip(samples, self.exact, strict=False):
             wide = np.asarray(sample).astype(np.float64)
