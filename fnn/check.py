@@ -14,7 +14,7 @@ a rule that f carries (`custom_vjp`) is passed over, so that no rule is its own 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from .diagnosis import Evidence, diagnose
+from .inside import origin_of_nonfinite, replaced, steps_of
 from .question import (
     Broken,
     Evaluator,
@@ -39,7 +40,7 @@ from .question import (
     wide_promotion,
 )
 from .report import Report
-from .rounding import coarsest
+from .rounding import coarsest, primitives
 from .rules import RuleLike
 from .truth import EPS, LIMIT, Truth, find_truth, points_around
 from .verdicts import Verdicts
@@ -304,14 +305,14 @@ def _judged(question: Question) -> Report:
     question.take_apart()
     rng = np.random.default_rng(question.seed)
     points = points_around(question, rng)
-    native, native_problem = _native_run(question)
+    native, native_jaxpr, native_problem = _native_run(question)
     truth, value = find_truth(question, points, rng)
     if not np.isfinite(truth.value[0]):
         raise ValueError(
             f"{question.what}: f is {truth.value[0]} at the arguments given; nothing can be judged."
         )
     if native_problem is not None:
-        return _broken_report(question, native_problem, truth)
+        return _broken_report(question, native_problem, truth, value)
     assert native is not None
 
     wide, wide_jaxpr = _wide_run(question, points)
@@ -343,7 +344,8 @@ def _judged(question: Question) -> Report:
     if not report:
         exact = judged.exact[: len(truth.gradient)]
         got = [w[0] for w in wide] if wide is not None else [np.asarray(x, np.float64) for x in native]
-        diagnoses = diagnose(_evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native))
+        evidence = _evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native)
+        diagnoses = diagnose(_with_insight(evidence, question, truth, value, native_jaxpr, wide_jaxpr))
     return Report(
         question.what,
         leaves,
@@ -356,8 +358,8 @@ def _judged(question: Question) -> Report:
     )
 
 
-def _native_run(question: Question) -> tuple[list[Any] | None, Broken | None]:
-    """The gradient as the caller would get it, called twice; or how it breaks the contract."""
+def _native_run(question: Question) -> tuple[list[Any] | None, Any, Broken | None]:
+    """The gradient as the caller would get it, called twice, and its jaxpr; or how it breaks the contract."""
     arrays = question.arrays(None, as_it_is)
     try:
         jaxpr, why = trace(lambda arrays: question.candidate(arrays, native=True), arrays)
@@ -370,14 +372,14 @@ def _native_run(question: Question) -> tuple[list[Any] | None, Broken | None]:
             if any(isinstance(x, np.ndarray) for x in arrays):
                 _call_on_copies(question, arrays)
             function = compiled_once(("native", program_key(jaxpr)), lambda: jaxpr_as_fun(jaxpr))
-            return [np.asarray(x) for x in function(*arrays)], None
+            return [np.asarray(x) for x in function(*arrays)], jaxpr, None
         first, second = _call_on_copies(question, arrays), _call_on_copies(question, arrays)
         if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True)):
             question.contract.append("not the same when called twice: it depends on hidden state or chance")
         question.notes.append(f"the gradient cannot be traced ({name_of(why)}): jit and vmap were not tried")
-        return first, None
+        return first, None, None
     except Broken as problem:
-        return None, _with_numbers(question, arrays, problem)
+        return None, None, _with_numbers(question, arrays, problem)
 
 
 def _with_numbers(question: Question, arrays: list[Any], problem: Broken) -> Broken:
@@ -456,7 +458,7 @@ def _eps_native(question: Question) -> float:
     return max(eps, coarsest(jaxpr)) if jaxpr is not None else eps
 
 
-def _broken_report(question: Question, problem: Broken, truth: Truth) -> Report:
+def _broken_report(question: Question, problem: Broken, truth: Truth, value: Evaluator) -> Report:
     contract = (*question.contract, problem.problem)
     evidence = Evidence(
         paths=question.paths,
@@ -465,7 +467,47 @@ def _broken_report(question: Question, problem: Broken, truth: Truth) -> Report:
         params=[np.asarray(question.leaves[i]).astype(np.float64) for i in question.judged],
         sizes=_sizes(question),
     )
+    evidence = _with_insight(evidence, question, truth, value, None, None)
     return Report(question.what, (), contract, diagnose(evidence), tuple(question.notes), truth.judge)
+
+
+def _with_insight(
+    evidence: Evidence, question: Question, truth: Truth, value: Evaluator, native_jaxpr: Any, wide_jaxpr: Any
+) -> Evidence:
+    """What the insides of f, of its reference and of the gradient tell, each asked for at most once."""
+    reference = truth.gradient_at
+    if reference is None or reference.jaxpr is None or value.jaxpr is None or truth.is_large:
+        return evidence
+
+    @cache
+    def sums():
+        with wide_promotion():
+            return steps_of(reference.jaxpr, reference.arrays, {"reduce_sum", "dot_general"})
+
+    @cache
+    def tanh_form():
+        if not primitives(value.jaxpr) & {"erf", "erfc"}:
+            return None
+        f = replaced(value.jaxpr, {"erf": _tanh_for_erf, "erfc": lambda u: 1 - _tanh_for_erf(u)})
+        both = question.value_and_gradient(lambda arrays: f(*arrays)[0])
+        with wide_promotion():
+            return [np.asarray(x) for x in jax.jit(both)(reference.arrays)[:-1]]
+
+    def origin(n):
+        if native_jaxpr is not None and not np.isfinite(evidence.native[n]).all():
+            return origin_of_nonfinite(native_jaxpr, question.arrays(None, as_it_is), n)
+        if wide_jaxpr is None:
+            return ""
+        with wide_promotion():
+            return origin_of_nonfinite(wide_jaxpr, reference.arrays, n)
+
+    return replace(evidence, sums=sums, tanh_form=tanh_form, origin=origin)
+
+
+def _tanh_for_erf(u: Any) -> Any:
+    """erf(x/√2) as GELU's tanh form has it. Source: Hendrycks & Gimpel (2016), §2."""
+    x = u * 2**0.5
+    return jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
 def _as_wide(x: Any) -> Numbers | None:

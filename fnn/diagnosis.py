@@ -1,8 +1,9 @@
 """Why a gradient is wrong: the mistakes people make, each tried on the numbers and stated with evidence."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ class Evidence:
     sizes: axis lengths of the arguments, among which a forgotten N may be
     elsewhere: (point, got, truth) at other points
     native: as the gradient was returned, in its own dtype
+
+    What is asked for only when nothing simpler fits:
+    sums: the sums and products of the reference, (operation, what went in, what came out)
+    tanh_form: the gradient if f had GELU's tanh form where it has erf; None if it has no erf
+    origin: where the NaN or inf of a leaf first arises, in words
     """
 
     paths: list[str]
@@ -32,6 +38,9 @@ class Evidence:
     is_wide: bool = False
     computes_with: float = 0.0
     native: list = field(default_factory=list)
+    sums: Callable[[], list] = list
+    tanh_form: Callable[[], list | None] = lambda: None
+    origin: Callable[[int], str] = lambda n: ""
 
 
 def diagnose(evidence: Evidence) -> tuple[str, ...]:
@@ -154,6 +163,8 @@ def _shapes(e: Evidence) -> Iterator[str]:
         else:
             if got.size == truth.size and _near(got.reshape(truth.shape), truth):
                 yield f"{name}: right numbers in the wrong shape; it would only broadcast"
+            for sentence in _sums(e, n):
+                yield f"{name}: {sentence}"
 
 
 def _nonfinite(e: Evidence, wrong: list[int]) -> Iterator[str]:
@@ -168,9 +179,10 @@ def _nonfinite(e: Evidence, wrong: list[int]) -> Iterator[str]:
             at = [int(i) for i in np.argwhere(bad)[0]]
             x = e.params[n][tuple(at)] if at else float(e.params[n])
             kind = "NaN" if np.isnan(source[bad]).any() else "inf"
+            origin = e.origin(n) or "an overflow on the way, or 0/0"
             yield (
                 f"{e.paths[n]}: {kind} where the truth is finite, in {int(bad.sum())} of {bad.size} entries, "
-                f"first at {at}, where the parameter is {x:.4g}: an overflow on the way, or 0/0"
+                f"first at {at}, where the parameter is {x:.4g}: {origin}"
             )
 
 
@@ -235,6 +247,13 @@ def _leaf(e: Evidence, n: int) -> Iterator[str]:
     if (got == 0).all(where=bad) and bad.any():
         yield f"zero in {int(bad.sum())} of {got.size} entries where the truth is not"
         return
+    for sentence in _sums(e, n):
+        yield sentence
+        return
+    other = e.tanh_form()
+    if other is not None and _explains(other[n], got, truth):
+        yield "right up to the tanh form of GELU: f has erf, and yours is the derivative of the approximation"
+        return
     size = float(np.linalg.norm(error) / max(float(np.linalg.norm(truth)), 1e-300))
     single = float(np.finfo(np.float32).eps)
     if (
@@ -245,7 +264,93 @@ def _leaf(e: Evidence, n: int) -> Iterator[str]:
         yield f"precision drops to float32 or less on the way: the relative error is {size:.1e}"
         return
     if 1e-6 < size < 3e-3:
-        yield f"right up to a relative error of {size:.1e}: an approximation, as GELU's tanh form?"
+        yield f"right up to a relative error of {size:.1e}: an approximation?"
+
+
+def _sums(e: Evidence, n: int) -> Iterator[str]:
+    """The sum over examples that makes this leaf, done wrong: over another axis, or without some of them."""
+    got, truth = e.got[n], e.truth[n]
+    for eqn, ins, out in e.sums():
+        c = _scale(out, truth)
+        if c is None:
+            continue
+        for words, other in _other_sums(eqn, ins, out):
+            factor = _scale(other, got)
+            if factor is None:
+                continue
+            if abs(factor / c - 1) <= CLOSE:
+                yield words
+                return
+            if _known(factor / c, e.sizes):
+                yield f"{words}, times {_named(factor / c, e.sizes)}"
+                return
+        if eqn.primitive.name == "dot_general" and got.shape == truth.shape and got.ndim == 2:
+            (over, _), _ = eqn.params["dimension_numbers"]
+            for factor in ins:
+                rows = np.moveaxis(factor, over[0], 0) if factor is ins[0] else factor
+                alone = _only_example(rows, got - truth)
+                if alone is not None:
+                    yield f"only example {alone} of {len(rows)} is wrong: the error lies along its numbers"
+                    return
+
+
+def _scale(x: Numbers, y: Numbers) -> float | None:
+    """c if y = c·x, up to a transposition and axes of length 1."""
+    for shaped in (x, x.T):
+        if shaped.size == y.size and np.isfinite(shaped).all() and shaped.any() and np.isfinite(y).all():
+            if np.squeeze(shaped).shape == np.squeeze(y).shape:
+                shaped = shaped.reshape(y.shape)
+                c = float(np.vdot(shaped, y) / np.vdot(shaped, shaped))
+                if c and _near(y, c * shaped):
+                    return c
+    return None
+
+
+def _other_sums(eqn: Any, ins: list, out: Numbers) -> Iterator[tuple[str, Numbers]]:
+    """What a sum, or a matrix product, would be over other axes, and without its first or last term."""
+    if eqn.primitive.name == "reduce_sum":
+        (x,), axes = ins, tuple(eqn.params["axes"])
+        for other in combinations(range(x.ndim), len(axes)):
+            if other != axes:
+                words = f"summed over axis {_listed(other)} of {x.shape}, in place of axis {_listed(axes)}"
+                yield words, x.sum(axis=other)
+        for axis in axes:
+            for which, place in (("first", 0), ("last", -1)):
+                if x.shape[axis] > 1:
+                    rest = tuple(a - (a > axis) for a in axes if a != axis)
+                    left_out = x.take(place, axis=axis).sum(axis=rest)
+                    yield f"the {which} of {x.shape[axis]} examples is left out", out - left_out
+        return
+    (x, y), (((i,), (j,)), batch) = ins, eqn.params["dimension_numbers"]
+    if any(batch):
+        return
+    for k in range(x.ndim):
+        for l in range(y.ndim):
+            if (k, l) != (i, j) and x.shape[k] == y.shape[l]:
+                words = f"a product summed over axis {k} of {x.shape} and {l} of {y.shape}"
+                yield f"{words}, in place of {i} and {j}", np.tensordot(x, y, (k, l))
+    for which, place in (("first", 0), ("last", -1)):
+        if x.shape[i] > 1:
+            left_out = np.multiply.outer(x.take(place, axis=i), y.take(place, axis=j))
+            yield f"the {which} of {x.shape[i]} examples is left out", out - left_out
+
+
+def _listed(axes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, axes))
+
+
+def _only_example(rows: Numbers, error: Numbers) -> int | None:
+    """n if all rows, or all columns, of an error are multiples of the numbers of example n alone."""
+    if rows.ndim != 2 or len(rows) < 2 or not error.any():
+        return None
+    found = []
+    for n, row in enumerate(rows):
+        for matrix in (error, error.T):
+            if matrix.shape[1] == row.size > 1 and row.any():
+                along = np.outer(matrix @ row / (row @ row), row)
+                if _near(along, matrix):
+                    found.append(n)
+    return found[0] if len(found) == 1 else None
 
 
 def _proportion(error: Numbers, params: Numbers) -> float | None:
@@ -269,7 +374,8 @@ def _points(e: Evidence, wrong: list[int]) -> Iterator[str]:
     everywhere = [all(_same(g, t) for g, t in zip(got, truth, strict=True)) for _, got, truth in e.elsewhere]
     names = [name for name, _, _ in e.elsewhere]
     here = all(_same(g, t) for g, t in zip(e.got, e.truth, strict=True))
-    if here and not all(everywhere):
+    here_too = all(np.isfinite(x).all() for x in e.native)
+    if here and here_too and not all(everywhere):
         bad = [name for name, right in zip(names, everywhere, strict=True) if not right]
         yield f"right at the point given and wrong elsewhere ({', '.join(bad)})"
     elif not here and "zeros" in names and everywhere[names.index("zeros")] and sum(everywhere) == 1:

@@ -132,7 +132,7 @@ def _rounded(jaxpr: Any) -> list[Any]:
         elif name == "cond":
             for branch in eqn.params["branches"]:
                 avals += _rounded(_closed(branch).jaxpr)
-        elif (inner := _called(eqn)) is not None:
+        elif (inner := called(eqn)) is not None:
             avals += _rounded(inner.jaxpr)
         else:
             if name in SUMS:
@@ -166,7 +166,7 @@ def _evaluate(jaxpr, consts, inputs, factors: Iterator[Any] | None, *, rounds_in
             outs = _while(eqn, ins, factors)
         elif name == "cond":
             outs = _cond(eqn, ins, factors)
-        elif (inner := _called(eqn)) is not None:
+        elif (inner := called(eqn)) is not None:
             outs = _evaluate(inner.jaxpr, inner.consts, ins, factors)
         else:
             if name in SUMS:  # the order of a sum is free: its terms are perturbed, and the result
@@ -195,7 +195,7 @@ CUSTOM = frozenset({"custom_vjp_call", "custom_vjp_call_jaxpr"})
 CUSTOM_JVP = frozenset({"custom_jvp_call"})
 
 
-def _called(eqn: Any) -> ClosedJaxpr | None:
+def called(eqn: Any) -> ClosedJaxpr | None:
     """What a call stands for; None for an operation that is no call."""
     if eqn.primitive.name not in CALLS | CUSTOM:
         return None

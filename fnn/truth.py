@@ -8,7 +8,6 @@ cannot differentiate f, differences are all there is: Richardson's extrapolation
 Source: Ridders (1982), *Accurate computation of F′(x) and F′(x) F″(x)*, for the extrapolation and its error.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,8 @@ class Truth:
     is_confirmed: Numbers  # by differences along a direction, for every point
     is_inside: Numbers  # f is finite around the point too
     judge: str
-    gradient_at: Callable[[list[list[Numbers]]], list[Numbers]]  # at other points, by autodiff
+    gradient_at: Evaluator | None  # at other points, by autodiff
+    is_large: bool = False
 
 
 def points_around(question: Question, rng: np.random.Generator) -> list[Point]:
@@ -97,7 +97,8 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
         return _by_differences(question, points, value), value
     run, avals = noisy(traced)
     samples, work = SAMPLES, sum(int(np.prod(aval.shape)) for aval in avals)
-    if work * len(points) * SAMPLES > BUDGET:
+    is_large = work * len(points) * SAMPLES > BUDGET
+    if is_large:
         question.notes.append("large: judged at the point given alone, with one sample of rounding")
         samples = 1
         del points[1:]
@@ -138,7 +139,8 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
     judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
     inside = np.isfinite(along).all(axis=1)
     at_points = Evaluator.of_jaxpr(question, traced, arrays)
-    return Truth(exact, units, values[:, 0], value_unit, eps, confirmed, inside, judge, at_points), value
+    truth = Truth(exact, units, values[:, 0], value_unit, eps, confirmed, inside, judge, at_points, is_large)
+    return truth, value
 
 
 STEPS = (1e-4, -1e-4, 5e-5, -5e-5)  # in units of a leaf's size: small, so that few kinks lie between
@@ -252,7 +254,7 @@ def _by_differences(question: Question, points: list[Point], value: Evaluator) -
         np.ones(len(used), bool),
         np.ones(len(used), bool),
         judge,
-        lambda points: [],
+        None,
     )
 
 

@@ -1,6 +1,7 @@
 """The judge is judged: wrong gradients caught, right ones passed, and the sentences that say why."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -108,10 +109,30 @@ def layers_gradient(params, X):
     return list(reversed(grads))
 
 
+def layer_cost(p, X, y):
+    return jnp.mean(jnp.sum((jnp.tanh(X @ p["W"].T + p["b"][None, :]) - y) ** 2, axis=1))
+
+
+def layer_gradient(p, X, y, *, weights=None, axis=0):
+    """The gradient of one layer's cost, with weights on its examples, and b's summed over any axis."""
+    A = jnp.tanh(X @ p["W"].T + p["b"][None, :])
+    delta = 2 * (A - y) * (1 - A**2) / len(X)
+    delta = delta if weights is None else delta * weights
+    return {"W": delta.T @ X, "b": delta.sum(axis)}
+
+
+def softplus_gradient(x):
+    e = jnp.exp(x)
+    return e / (1 + e)
+
+
 def exact_gelu(x):
     return jax.nn.gelu(x, approximate=False).sum()
 
 
+LAYER = {"W": W, "b": jnp.asarray(rng.standard_normal(2))}
+FIRST_TWO = (LAYER, X[:2], y[:2])
+ONES = jnp.ones((8, 1))
 SQUARE = jnp.asarray(rng.standard_normal((3, 3)))
 DEEP = [jnp.asarray(rng.standard_normal((3, 3))) / 2 for _ in range(4)]
 DIAGNOSES = {
@@ -145,13 +166,42 @@ DIAGNOSES = {
     "right here only": (
         lambda x: jnp.sum(x**3), lambda x: jnp.asarray([6.75, 0.75, 12.0], x.dtype), (v,), "right at the point given and wrong elsewhere",
     ),
-    "gelu's tanh form": (exact_gelu, jax.grad(lambda x: jax.nn.gelu(x, approximate=True).sum()), (v,), "GELU's tanh form"),
+    "gelu's tanh form": (exact_gelu, jax.grad(lambda x: jax.nn.gelu(x, approximate=True).sum()), (v,), "right up to the tanh form of GELU"),
+    "over the wrong axis, unseen by shapes": (
+        layer_cost, partial(layer_gradient, axis=1), FIRST_TWO, r"'b'\]: summed over axis 1 of \(2, 2\), in place of axis 0",
+    ),
+    "over the wrong axis": (
+        layer_cost, partial(layer_gradient, axis=1), (LAYER, X, y), r"'b'\]: summed over axis 1 of \(8, 2\), in place of axis 0",
+    ),
+    "a product over the wrong axis": (
+        lambda M: jnp.sum((SQUARE @ M) ** 2), lambda M: 2 * SQUARE @ SQUARE @ M, (DEEP[0],),
+        r"a product summed over axis \d of \(3, 3\) and \d of \(3, 3\), in place of \d and \d \|",
+    ),
+    "the last example left out": (
+        layer_cost, partial(layer_gradient, weights=ONES.at[-1].set(0)), (LAYER, X, y), "'W'.: the last of 8 examples is left out",
+    ),
+    "the first example left out, of a mean": (
+        layer_cost, partial(layer_gradient, weights=ONES.at[0].set(0) * 8 / 7), (LAYER, X, y),
+        r"'b'.: the first of 8 examples is left out, times 1.14286 \(N/\(N - 1\), N = 8\)",
+    ),
+    "one example": (
+        layer_cost, partial(layer_gradient, weights=ONES.at[3].set(1.5)), (LAYER, X, y), "'W'.: only example 3 of 8 is wrong",
+    ),
     "float32 on the way": (
         lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x.astype(jnp.float32)).astype(x.dtype), (v,), "precision drops to float32",
     ),
     "overflow": (
-        lambda x: jnp.sum(jax.nn.softplus(x)), lambda x: jnp.exp(x) / (1 + jnp.exp(x)), (jnp.array([1.0, 800.0]),),
-        r"NaN where the truth is finite, in 1 of 2 entries, first at \[1\], where the parameter is 800",
+        lambda x: jnp.sum(jax.nn.softplus(x)), softplus_gradient, (jnp.array([1.0, 800.0]),),
+        r"NaN where the truth is finite, in 1 of 2 entries, first at \[1\], where the parameter is 800: "
+        r"exp \(test_check.py:\d+, in softplus_gradient\) gives inf, of which div \(.*\) gives NaN",
+    ),
+    "overflow in float32 alone": (
+        lambda x: jnp.sum(jax.nn.softplus(x)), softplus_gradient, (jnp.array([1.0, 100.0], jnp.float32),),
+        r"where the parameter is 100: exp \(test_check.py:\d+, in softplus_gradient\) gives inf",
+    ),
+    "overflow, no NaN": (
+        lambda x: jnp.sum(jnp.log(x)), lambda x: x / (x * x), (jnp.array([1.0, 1e-300]),),
+        r"NaN|inf where the truth is finite",
     ),
     "digits lost": (
         lambda x: jnp.sum(jax.nn.log_sigmoid(x)), lambda x: 1 - jax.nn.sigmoid(x), (jnp.array([5.0, 6.0], jnp.float32),),
@@ -169,7 +219,8 @@ def test_report_says_what_is_wrong(name):
     report = fnn.check_gradient(f, wrong, *args)
     assert not report
     found = " | ".join(report.diagnoses)
-    with pytest.raises(AssertionError, match=sentence):
+    assert re.search(sentence, found + " |"), found
+    with pytest.raises(AssertionError, match=re.escape(report.diagnoses[0])):
         report.raise_if_wrong()
     assert len(str(report).splitlines()) <= 40, found
 
