@@ -153,6 +153,9 @@ def _shapes(e: Evidence) -> Iterator[str]:
         if got.ndim == truth.ndim == 2 and got.shape == truth.T.shape and _near(got.T, truth):
             yield f"{name}: transposed"
             continue
+        if got.size == truth.size and _near(got.reshape(truth.shape), truth):
+            yield f"{name}: right numbers in the wrong shape; it would only broadcast"
+            continue
         for axis in range(got.ndim):
             if got.sum(axis=axis).shape == truth.shape and _near(got.sum(axis=axis), truth):
                 yield f"{name}: not summed over axis {axis}: it still has one row per example"
@@ -161,8 +164,6 @@ def _shapes(e: Evidence) -> Iterator[str]:
                 yield f"{name}: not summed over axis {axis}"
                 break
         else:
-            if got.size == truth.size and _near(got.reshape(truth.shape), truth):
-                yield f"{name}: right numbers in the wrong shape; it would only broadcast"
             for sentence in _sums(e, n):
                 yield f"{name}: {sentence}"
 
@@ -224,7 +225,9 @@ def _leaf(e: Evidence, n: int) -> Iterator[str]:
         bad = np.flatnonzero(rows > 1e-9 * np.abs(truth).max())
         if len(bad) == 1 and bad[0] in (0, len(rows) - 1):
             which = "last" if bad[0] else "first"
-            yield f"only the {which} row is wrong, of {len(rows)}: an example left out?"
+            row = "row" if got.ndim > 1 else "entry"
+            left_out = ": an example left out?" if not got[bad[0]].any() else ""
+            yield f"only the {which} {row} is wrong, of {len(rows)}{left_out}"
             return
         if len(bad) == 2 and _near(got[bad[::-1]], truth[bad], 1e-6):
             yield f"rows {bad[0]} and {bad[1]} exchanged"
@@ -285,13 +288,18 @@ def _sums(e: Evidence, n: int) -> Iterator[str]:
                 yield f"{words}, times {_named(factor / c, e.sizes)}"
                 return
         if eqn.primitive.name == "dot_general" and got.shape == truth.shape and got.ndim == 2:
-            (over, _), _ = eqn.params["dimension_numbers"]
-            for factor in ins:
-                rows = np.moveaxis(factor, over[0], 0) if factor is ins[0] else factor
+            for factor, axis in zip(ins, _contracted(eqn) or (), strict=False):
+                rows = np.moveaxis(factor, axis, 0)
                 alone = _only_example(rows, got - truth)
                 if alone is not None:
                     yield f"only example {alone} of {len(rows)} is wrong: the error lies along its numbers"
                     return
+
+
+def _contracted(eqn: Any) -> tuple[int, int] | None:
+    """The axes that a product of two arrays sums over, if it is one axis of each and no batch."""
+    (left, right), batch = eqn.params["dimension_numbers"]
+    return (left[0], right[0]) if len(left) == 1 and not any(batch) else None
 
 
 def _scale(x: Numbers, y: Numbers) -> float | None:
@@ -321,9 +329,10 @@ def _other_sums(eqn: Any, ins: list, out: Numbers) -> Iterator[tuple[str, Number
                     left_out = x.take(place, axis=axis).sum(axis=rest)
                     yield f"the {which} of {x.shape[axis]} examples is left out", out - left_out
         return
-    (x, y), (((i,), (j,)), batch) = ins, eqn.params["dimension_numbers"]
-    if any(batch):
+    axes = _contracted(eqn)
+    if axes is None:
         return
+    (x, y), (i, j) = ins, axes
     for k in range(x.ndim):
         for l in range(y.ndim):
             if (k, l) != (i, j) and x.shape[k] == y.shape[l]:
