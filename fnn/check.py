@@ -24,6 +24,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .diagnosis import Evidence, diagnose
 from .inside import origin_of_nonfinite, replaced, steps_of
+from .large import is_right_by_projection, look_at
 from .question import (
     Broken,
     Evaluator,
@@ -36,13 +37,12 @@ from .question import (
     name_of,
     program_key,
     trace,
-    wide_array,
     wide_promotion,
 )
-from .report import Report
+from .report import Leaf, Report
 from .rounding import coarsest, primitives
 from .rules import RuleLike
-from .truth import EPS, LIMIT, Truth, find_truth, points_around
+from .truth import EPS, LIMIT, POINTS, Reference, Truth, find_truth, points_around, reference_of
 from .verdicts import Verdicts
 
 
@@ -257,9 +257,17 @@ def _with_data_reversed(question: Question, report: Report) -> Report:
 
     moving = set(question.positions) | set(question.also_moving) | ({0} if question.is_rule else set())
     args = tuple(x if i in moving else jax.tree.map(reverse, x) for i, x in enumerate(question.args))
-    if all(a is b for a, b in zip(jax.tree.leaves(args), jax.tree.leaves(question.args), strict=True)):
+    is_projected = question.is_projected
+    is_same = all(a is b for a, b in zip(jax.tree.leaves(args), jax.tree.leaves(question.args), strict=True))
+    if is_same and not is_projected:
         return report
     other = replace(question, args=args, notes=[], contract=[])
+    if is_projected:
+        if _agrees_elsewhere(other):
+            return replace(report, notes=(*report.notes, "large: elsewhere judged by one random projection"))
+        closely = _check_one(replace(question, points=POINTS[:2], notes=[], contract=[]))
+        if not closely:
+            return closely
     try:
         reversed_ = _check_one(other)
     except (ValueError, TypeError, IndexError):  # such data may make no sense to f
@@ -270,6 +278,20 @@ def _with_data_reversed(question: Question, report: Report) -> Report:
         "right with the data given, wrong with the same data in reverse order: are they taken from elsewhere?"
     )
     return replace(reversed_, diagnoses=(sentence, *reversed_.diagnoses))
+
+
+def _agrees_elsewhere(question: Question) -> bool:
+    """Whether the gradient has the slope of f along a random direction, at a random point."""
+    question.take_apart()
+    try:
+        reference = reference_of(question)
+        mine = _in_float64(question, reference)
+    except (ValueError, TypeError, IndexError):  # such data may make no sense to f
+        return False
+    if mine is None or mine.jaxpr is None or reference.gradient is None:
+        return False
+    eps_native = _eps_native(question)
+    return is_right_by_projection(question, reference, mine, _eps_of(mine.jaxpr, eps_native), eps_native)
 
 
 def _batch_sizes(question: Question, batch_axes: Sequence[int | None]) -> list[int]:
@@ -304,28 +326,35 @@ def _check_one(question: Question) -> Report:
 def _judged(question: Question) -> Report:
     question.take_apart()
     rng = np.random.default_rng(question.seed)
-    points = points_around(question, rng)
     native, native_jaxpr, native_problem = _native_run(question)
-    truth, value = find_truth(question, points, rng)
+    reference = reference_of(question)
+    eps_native = _eps_native(question)
+    mine = _in_float64(question, reference) if native is not None else None
+    points = points_around(question, rng, question.points or (POINTS[:1] if reference.is_large else POINTS))
+    is_traced = native is not None and mine is not None and mine.jaxpr is not None
+    if reference.is_large and is_traced and not question.points:
+        assert native is not None and mine is not None
+        eps = _eps_of(mine.jaxpr, eps_native)
+        leaves, points, judge = look_at(question, reference, mine, native, eps, eps_native)
+        if leaves is not None:
+            question.is_projected = len(points) == 1
+            return _report(question, leaves, judge)
+    truth = find_truth(question, reference, points, rng)
     if not np.isfinite(truth.value[0]):
         raise ValueError(
             f"{question.what}: f is {truth.value[0]} at the arguments given; nothing can be judged."
         )
     if native_problem is not None:
-        return _broken_report(question, native_problem, truth, value)
+        return _broken_report(question, native_problem, truth, reference)
     assert native is not None
 
-    wide, wide_jaxpr = _wide_run(question, points)
-    eps_native = _eps_native(question)
+    value = reference.value
+    wide = _at_points(question, mine, points)
+    wide_jaxpr = mine.jaxpr if mine is not None and wide is not None else None
     judged = Verdicts(question, truth, points, value, eps_native)
     names = question.paths + (["value"] if question.has_value else [])
     if wide is not None:
-        # What the gradient computes with if that is coarser than float64, but never more than it was given.
-        eps = EPS
-        if wide_jaxpr is not None:
-            eps = min(max(EPS, coarsest(wide_jaxpr)), eps_native)
-        elif eps_native > EPS:
-            eps = min(eps_native, float(np.finfo(np.float32).eps))
+        eps = _eps_of(wide_jaxpr, eps_native)
         for p in range(len(points)):
             if p == 0 or (np.isfinite(truth.value[p]) and truth.is_inside[p]):
                 judged.at_point(p, [np.asarray(got[p]) for got in wide], eps)
@@ -345,17 +374,31 @@ def _judged(question: Question) -> Report:
         exact = judged.exact[: len(truth.gradient)]
         got = [w[0] for w in wide] if wide is not None else [np.asarray(x, np.float64) for x in native]
         evidence = _evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native)
-        diagnoses = diagnose(_with_insight(evidence, question, truth, value, native_jaxpr, wide_jaxpr))
+        diagnoses = diagnose(_with_insight(evidence, question, reference, native_jaxpr, wide_jaxpr))
+    return _report(question, leaves, truth.judge, diagnoses)
+
+
+def _report(
+    question: Question, leaves: tuple[Leaf, ...], judge: str, diagnoses: tuple[str, ...] = ()
+) -> Report:
+    repeat = f"{question.what.partition('(')[0]}(..., seed={question.seed})"
     return Report(
         question.what,
         leaves,
         tuple(question.contract),
         diagnoses,
         tuple(question.notes),
-        truth.judge,
-        f"{question.what.partition('(')[0]}(..., seed={question.seed})",
+        judge,
+        repeat,
         LIMIT,
     )
+
+
+def _eps_of(jaxpr: Any, eps_native: float) -> float:
+    """What the gradient computes with if that is coarser than float64, but never more than it was given."""
+    if jaxpr is not None:
+        return min(max(EPS, coarsest(jaxpr)), eps_native)
+    return min(eps_native, float(np.finfo(np.float32).eps)) if eps_native > EPS else EPS
 
 
 def _native_run(question: Question) -> tuple[list[Any] | None, Any, Broken | None]:
@@ -428,24 +471,28 @@ def _same_program(a: Any, b: Any) -> bool:
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a.consts, b.consts, strict=True))
 
 
-def _wide_run(question: Question, points: list[Point]) -> tuple[list[Numbers] | None, Any]:
-    """The gradient at all points in float64, None if it refuses float64; and its jaxpr, if it has one."""
-    with wide_promotion():
-        arrays = [jnp.asarray(x) for x in question.arrays(points[0].theta, wide_array)]
-
-    def candidate(arrays):
-        return question.candidate(arrays, native=False)
-
+def _in_float64(question: Question, reference: Reference) -> Evaluator | None:
+    """The gradient as a function of float64 arrays, or None where that breaks the contract."""
     try:
-        function = Evaluator(question, candidate, arrays)
-        return function([point.theta for point in points]), function.jaxpr
+        return Evaluator(question, lambda arrays: question.candidate(arrays, native=False), reference.arrays)
+    except Broken as problem:
+        question.contract.append(f"with float64 arguments: {problem.problem}")
+        return None
+
+
+def _at_points(question: Question, mine: Evaluator | None, points: list[Point]) -> list[Numbers] | None:
+    """The gradient at all points in float64, None if it refuses float64."""
+    if mine is None:
+        return None
+    try:
+        return mine([point.theta for point in points])
     except Broken as problem:
         question.contract.append(f"with float64 arguments: {problem.problem}")
     except Exception as error:  # a kernel that takes one dtype only
         question.notes.append(
             f"the gradient does not run in float64 ({name_of(error)}); judged in its own dtype"
         )
-    return None, None
+    return None
 
 
 def _eps_native(question: Question) -> float:
@@ -458,7 +505,7 @@ def _eps_native(question: Question) -> float:
     return max(eps, coarsest(jaxpr)) if jaxpr is not None else eps
 
 
-def _broken_report(question: Question, problem: Broken, truth: Truth, value: Evaluator) -> Report:
+def _broken_report(question: Question, problem: Broken, truth: Truth, reference: Reference) -> Report:
     contract = (*question.contract, problem.problem)
     evidence = Evidence(
         paths=question.paths,
@@ -467,31 +514,31 @@ def _broken_report(question: Question, problem: Broken, truth: Truth, value: Eva
         params=[np.asarray(question.leaves[i]).astype(np.float64) for i in question.judged],
         sizes=_sizes(question),
     )
-    evidence = _with_insight(evidence, question, truth, value, None, None)
+    evidence = _with_insight(evidence, question, reference, None, None)
     return Report(question.what, (), contract, diagnose(evidence), tuple(question.notes), truth.judge)
 
 
 def _with_insight(
-    evidence: Evidence, question: Question, truth: Truth, value: Evaluator, native_jaxpr: Any, wide_jaxpr: Any
+    evidence: Evidence, question: Question, reference: Reference, native_jaxpr: Any, wide_jaxpr: Any
 ) -> Evidence:
     """What the insides of f, of its reference and of the gradient tell, each asked for at most once."""
-    reference = truth.gradient_at
-    if reference is None or reference.jaxpr is None or value.jaxpr is None or truth.is_large:
+    value, arrays = reference.value.jaxpr, reference.arrays
+    if reference.gradient is None or reference.is_large:
         return evidence
 
     @cache
     def sums():
         with wide_promotion():
-            return steps_of(reference.jaxpr, reference.arrays, {"reduce_sum", "dot_general"})
+            return steps_of(reference.gradient, arrays, {"reduce_sum", "dot_general"})
 
     @cache
     def tanh_form():
-        if not primitives(value.jaxpr) & {"erf", "erfc"}:
+        if not primitives(value) & {"erf", "erfc"}:
             return None
-        f = replaced(value.jaxpr, {"erf": _tanh_for_erf, "erfc": lambda u: 1 - _tanh_for_erf(u)})
+        f = replaced(value, {"erf": _tanh_for_erf, "erfc": lambda u: 1 - _tanh_for_erf(u)})
         both = question.value_and_gradient(lambda arrays: f(*arrays)[0])
         with wide_promotion():
-            return [np.asarray(x) for x in jax.jit(both)(reference.arrays)[:-1]]
+            return [np.asarray(x) for x in jax.jit(both)(arrays)[:-1]]
 
     def origin(n):
         if native_jaxpr is not None and not np.isfinite(evidence.native[n]).all():
@@ -499,7 +546,7 @@ def _with_insight(
         if wide_jaxpr is None:
             return ""
         with wide_promotion():
-            return origin_of_nonfinite(wide_jaxpr, reference.arrays, n)
+            return origin_of_nonfinite(wide_jaxpr, arrays, n)
 
     return replace(evidence, sums=sums, tanh_form=tanh_form, origin=origin)
 

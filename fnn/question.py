@@ -46,6 +46,8 @@ class Question:
     is_rule: bool = False  # argument 0 holds cotangents, and None stands for a zero adjoint
     also_moving: tuple[int, ...] = ()
     path_names: str = ""
+    points: tuple[str, ...] = ()  # where a closer look is wanted; by default the judge chooses
+    is_projected: bool = False  # right at the point given, and too large for entries at others
     notes: list[str] = field(default_factory=list)
     contract: list[str] = field(default_factory=list)
 
@@ -230,10 +232,10 @@ def quick_to_compile() -> dict[str, Any]:
 _PROGRAMS: OrderedDict[Any, Any] = OrderedDict()  # compiled, the latest last
 
 
-def compiled_once(key: Any, make: Callable[[], Callable]) -> Callable:
+def compiled_once(key: Any, make: Callable[[], Callable], *, runs_long: bool = False) -> Callable:
     """A jitted function, kept for equal questions with other numbers, as a property test asks them."""
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = jax.jit(make(), compiler_options=quick_to_compile())
+        _PROGRAMS[key] = jax.jit(make(), compiler_options=None if runs_long else quick_to_compile())
         while len(_PROGRAMS) > 128:
             _PROGRAMS.popitem(last=False)
     _PROGRAMS.move_to_end(key)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 # What moves, compares or selects numbers, and so rounds nothing; negation and abs are exact too.
 EXACT = frozenset(
@@ -53,23 +53,43 @@ def random_factors(rng: np.random.Generator, avals: Sequence[Any], samples: int)
     return dealt
 
 
-def hashed_factors(seed: int, avals: Sequence[Any]) -> list[Any]:
+def hashed_factors(seed: Any, avals: Sequence[Any]) -> list[Any]:
     """Factors for one run of `noisy`, made inside a compiled program: as large as they are, none is stored.
 
     The sign is a bit of the hashed position. Source: Appleby's MurmurHash3 (2011), its 32-bit finaliser.
     """
     dealt = []
     for n, aval in enumerate(avals):
-        size = int(np.prod(aval.shape))
-        bits = jax.lax.iota(jnp.uint32, size) + np.uint32((0x9E3779B9 * (seed + 977 * n + 1)) % 2**32)
+        salt = (jnp.asarray(seed, jnp.uint32) + jnp.uint32(977 * n + 1)) * jnp.uint32(0x9E3779B9)
+        bits = jax.lax.iota(jnp.uint32, int(np.prod(aval.shape))) + salt
         for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(odd)
+            bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(odd)
         eps = float(jnp.finfo(aval.dtype).eps)
-        factors = jnp.where(
-            bits >> np.uint32(31), jnp.asarray(1 + eps, aval.dtype), jnp.asarray(1 - eps, aval.dtype)
-        )
-        dealt.append(factors.reshape(aval.shape))
+        up, down = jnp.asarray(1 + eps, aval.dtype), jnp.asarray(1 - eps, aval.dtype)
+        dealt.append(jnp.where(bits >> jnp.uint32(31), up, down).reshape(aval.shape))
     return dealt
+
+
+def spread(closed: ClosedJaxpr, samples: int) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """The traced function, and the size of what rounding does to every output.
+
+    One run after the other, its signs made in passing: as much memory as two runs, however many. The size is
+    the mean distance, which neither overflows nor underflows, times that of a Gaussian's standard deviation.
+    """
+    run, avals = noisy(closed)
+
+    def exact_and_spread(*inputs):
+        exact = jaxpr_as_fun(closed)(*inputs)
+
+        def once(sums, seed):
+            rough = run(hashed_factors(seed, avals), *inputs)
+            return [s + jnp.abs(r - e) for s, r, e in zip(sums, rough, exact, strict=True)], None
+
+        zeros = [jnp.zeros_like(e) for e in exact]
+        sums, _ = jax.lax.scan(once, zeros, jnp.arange(samples, dtype=jnp.uint32))
+        return exact, [s * ((np.pi / 2) ** 0.5 / samples) for s in sums]
+
+    return exact_and_spread
 
 
 def without_custom_rules(closed: ClosedJaxpr) -> Callable[..., list[Any]]:

@@ -8,7 +8,9 @@ cannot differentiate f, differences are all there is: Richardson's extrapolation
 Source: Ridders (1982), *Accurate computation of F′(x) and F′(x) F″(x)*, for the extrapolation and its error.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -28,11 +30,11 @@ from .question import (
     wide_array,
     wide_promotion,
 )
-from .rounding import CUSTOM, coarsest, noisy, primitives, random_factors, without_custom_rules
+from .rounding import CUSTOM, coarsest, noisy, primitives, random_factors, spread, without_custom_rules
 
 SAMPLES = 8  # runs of Monte-Carlo arithmetic: the spread of 8 is ten times too small once in 10^7
 LIMIT = 16.0  # rounding units allowed; what right gradients reach is in experiments/benchmarks
-BUDGET = 2e7  # numbers in all runs together; above it only the point given, and one run
+BUDGET = 2e7  # numbers in all runs at all points together; what is larger goes to `large.py` first
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -49,10 +51,13 @@ class Truth:
     is_inside: Numbers  # f is finite around the point too
     judge: str
     gradient_at: Evaluator | None  # at other points, by autodiff
-    is_large: bool = False
 
 
-def points_around(question: Question, rng: np.random.Generator) -> list[Point]:
+POINTS = ("as given", "moved", "moved again", "ten times", "zeros")
+
+
+def points_around(question: Question, rng: np.random.Generator, names: Sequence[str] = POINTS) -> list[Point]:
+    """The point given and others: each leaf moved at random by its own size, ten times the leaf, zeros."""
     given = [np.asarray(question.leaves[i]).astype(np.float64) for i in question.moving]
     is_judged = [i in question.judged for i in question.moving]
 
@@ -65,20 +70,40 @@ def points_around(question: Question, rng: np.random.Generator) -> list[Point]:
     def each(change):  # cotangents keep their size: they only move at random
         return [np.asarray(change(x)) if judged else x for x, judged in zip(given, is_judged, strict=True)]
 
-    return [
-        Point("as given", given),
-        Point("moved", moved()),
-        Point("moved again", moved()),
-        Point("ten times", each(lambda x: 10 * x)),
-        Point("zeros", each(np.zeros_like)),
-    ]
+    make = {
+        "as given": lambda: given,
+        "moved": moved,
+        "moved again": moved,
+        "ten times": lambda: each(lambda x: 10 * x),
+        "zeros": lambda: each(np.zeros_like),
+    }
+    return [Point(name, make[name]()) for name in names]
 
 
-def find_truth(question: Question, points: list[Point], rng: np.random.Generator) -> tuple[Truth, Evaluator]:
-    """Autodiff in float64 at every point, with its rounding units and its confirmation."""
-    arrays = question.arrays(points[0].theta, wide_array)
+@dataclass
+class Reference:
+    """f and its gradient by autodiff, traced in float64; neither if JAX cannot."""
+
+    value: Evaluator
+    arrays: list[Any]
+    gradient: Any  # a jaxpr: the gradient's leaves, the value last
+    is_past_rules: bool  # f carries rules of `custom_vjp`, which were passed over
+
+    @cached_property
+    def work(self) -> int:
+        """How many numbers are rounded in one run."""
+        avals = [] if self.gradient is None else noisy(self.gradient)[1]
+        return sum(int(np.prod(aval.shape)) for aval in avals)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether all points at once, with all samples, would be too much."""
+        return len(POINTS) * SAMPLES * self.work > BUDGET
+
+
+def reference_of(question: Question) -> Reference:
     with wide_promotion():
-        arrays = [jnp.asarray(x) for x in arrays]
+        arrays = [jnp.asarray(x) for x in question.arrays(None, wide_array)]
     value = Evaluator(question, lambda arrays: [question.value(arrays)], arrays)
     if (
         value.jaxpr is None
@@ -86,61 +111,90 @@ def find_truth(question: Question, points: list[Point], rng: np.random.Generator
         and "f needs to return" in str(value.error)
     ):
         raise value.error
-    traced, has_rule = None, False
-    if value.jaxpr is not None:
-        has_rule = bool(primitives(value.jaxpr) & CUSTOM)
-        plain = without_custom_rules(value.jaxpr) if has_rule else jaxpr_as_fun(value.jaxpr)
-        value_and_gradient = question.value_and_gradient(lambda arrays: plain(*arrays)[0])
-        with wide_promotion():
-            traced, _ = trace(value_and_gradient, arrays)
+    if value.jaxpr is None:
+        return Reference(value, arrays, None, False)
+    has_rule = bool(primitives(value.jaxpr) & CUSTOM)
+    plain = without_custom_rules(value.jaxpr) if has_rule else jaxpr_as_fun(value.jaxpr)
+    with wide_promotion():
+        traced, _ = trace(question.value_and_gradient(lambda arrays: plain(*arrays)[0]), arrays)
+    return Reference(value, arrays, traced, has_rule)
+
+
+def find_truth(
+    question: Question, reference: Reference, points: list[Point], rng: np.random.Generator
+) -> Truth:
+    """Autodiff in float64 at every point, with its rounding units and its confirmation."""
+    value, traced = reference.value, reference.gradient
     if traced is None:
-        return _by_differences(question, points, value), value
-    run, avals = noisy(traced)
-    samples, work = SAMPLES, sum(int(np.prod(aval.shape)) for aval in avals)
-    is_large = work * len(points) * SAMPLES > BUDGET
-    if is_large:
-        question.notes.append("large: judged at the point given alone, with one sample of rounding")
-        samples = 1
-        del points[1:]
+        return _by_differences(question, points, value)
     directions, offsets = _offsets(question, points, rng)
-    factors = random_factors(rng, avals, samples)
-    is_moving = value.is_moving
-    axes = [0 if moves else None for moves in is_moving]
+    run = _one_by_one if reference.is_large else _at_once
+    exact, spreads, along = run(reference, points, offsets, rng)
+    exact, values = exact[:-1], exact[-1]
+    eps = max(EPS, coarsest(traced))
+    value_unit = spreads[-1] + eps * np.abs(values)
+    units = _floored(spreads[:-1], exact, eps)
+    confirmed = _confirmed(question, along, exact, directions, value_unit)
+    judge = "autodiff in float64" + (
+        ", past the custom rule that f carries" if reference.is_past_rules else ""
+    )
+    judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
+    inside = np.isfinite(along).all(axis=1)
+    at_points = Evaluator.of_jaxpr(question, traced, reference.arrays)
+    return Truth(exact, units, values, value_unit, eps, confirmed, inside, judge, at_points)
+
+
+def dealt(reference: Reference, columns: Iterable[Any]) -> list[Any]:
+    """All array leaves, those that move taken from the columns."""
+    columns = iter(columns)
+    is_moving = reference.value.is_moving
+    return [next(columns) if moves else x for moves, x in zip(is_moving, reference.arrays, strict=True)]
+
+
+def _at_once(reference: Reference, points: list[Point], offsets: list[Numbers], rng: np.random.Generator):
+    """The gradient with its spread at every point, and f around it: one program, all runs along one axis."""
+    traced, value = reference.gradient, reference.value
+    run, avals = noisy(traced)
     f = jaxpr_as_fun(value.jaxpr)
+    axes = [0 if moves else None for moves in value.is_moving]
 
     def program(factors, arrays, moved):
         samples = jax.vmap(lambda factors, arrays: run(factors, *arrays), in_axes=(0, axes))(factors, arrays)
         return samples, jax.vmap(lambda arrays: f(*arrays)[0], in_axes=(axes,))(moved)
 
-    def dealt(columns):
-        columns = iter(columns)
-        return [next(columns) if moves else x for moves, x in zip(is_moving, arrays, strict=True)]
-
-    # One axis for all runs, points after points: nested axes would be traced twice.
-    n_points, n_runs = len(points), samples + 1
+    # Points after points: nested axes would be traced twice.
+    n_points, n_runs = len(points), SAMPLES + 1
     at = [np.stack(x) for x in zip(*(point.theta for point in points), strict=True)]
-    at = dealt(np.repeat(x, n_runs, axis=0) for x in at)
-    moved = dealt(x.reshape(-1, *x.shape[2:]) for x in offsets)
+    at = dealt(reference, (np.repeat(x, n_runs, axis=0) for x in at))
+    moved = dealt(reference, (x.reshape(-1, *x.shape[2:]) for x in offsets))
+    factors = random_factors(rng, avals, SAMPLES)
     factors = [np.tile(x, (n_points,) + (1,) * (x.ndim - 1)) for x in factors]
     with wide_promotion():
-        compiled = compiled_once(
-            ("truth", tuple(is_moving), program_key(traced), program_key(value.jaxpr)), lambda: program
+        key = ("truth", tuple(axes), program_key(traced), program_key(value.jaxpr))
+        runs, along = jax.device_get(compiled_once(key, lambda: program)(factors, at, moved))
+    runs = [np.asarray(x, np.float64).reshape(n_points, n_runs, *x.shape[1:]) for x in runs]
+    exact = [np.array(x[:, 0]) for x in runs]  # writable: corrected where autodiff is at fault
+    return exact, [rms(x[:, 1:] - x[:, :1], axis=1)[:, 0] for x in runs], along.reshape(n_points, -1)
+
+
+def _one_by_one(reference: Reference, points: list[Point], offsets: list[Numbers], rng: np.random.Generator):
+    """As `_at_once`, in little memory: point after point and run after run."""
+    traced, value = reference.gradient, reference.value
+    measured, f = spread(traced, SAMPLES), jaxpr_as_fun(value.jaxpr)
+    rows = []
+    with wide_promotion():
+        at_point = compiled_once(
+            ("spread", program_key(traced)), lambda: lambda xs: measured(*xs), runs_long=True
         )
-        runs, along = jax.device_get(compiled(factors, at, moved))
-    along = along.reshape(n_points, -1)
-    *gradient, values = (np.asarray(x, np.float64).reshape(n_points, n_runs, *x.shape[1:]) for x in runs)
-    eps = max(EPS, coarsest(traced))
-    units = [rms(g[:, 1:] - g[:, :1], axis=1)[:, 0] for g in gradient]
-    value_unit = rms(values[:, 1:] - values[:, :1], axis=1)[:, 0] + eps * np.abs(values[:, 0])
-    exact = [np.array(g[:, 0]) for g in gradient]  # writable: corrected where autodiff is at fault
-    units = _floored(units, exact, eps)
-    confirmed = _confirmed(question, along, exact, directions, value_unit)
-    judge = "autodiff in float64" + (", past the custom rule that f carries" if has_rule else "")
-    judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
-    inside = np.isfinite(along).all(axis=1)
-    at_points = Evaluator.of_jaxpr(question, traced, arrays)
-    truth = Truth(exact, units, values[:, 0], value_unit, eps, confirmed, inside, judge, at_points, is_large)
-    return truth, value
+        of_f = compiled_once(("f", program_key(value.jaxpr)), lambda: lambda xs: f(*xs)[0])
+        for p, point in enumerate(points):
+            exact, spreads = jax.device_get(at_point(dealt(reference, point.theta)))
+            around = [dealt(reference, (x[p, step] for x in offsets)) for step in range(len(STEPS))]
+            rows.append((exact, spreads, [float(of_f(place)) for place in around]))
+    exact, spreads = (
+        [np.stack(leaf) for leaf in zip(*(row[k] for row in rows), strict=True)] for k in (0, 1)
+    )
+    return exact, spreads, np.array([row[2] for row in rows])
 
 
 STEPS = (1e-4, -1e-4, 5e-5, -5e-5)  # in units of a leaf's size: small, so that few kinks lie between
@@ -163,14 +217,19 @@ def _offsets(question: Question, points: list[Point], rng: np.random.Generator):
 
 def _confirmed(question, along, exact, directions, value_unit) -> Numbers:
     """Whether Richardson's difference quotient agrees with autodiff along the direction, point by point."""
-    h = STEPS[0]
-    coarse, fine = (along[:, 0] - along[:, 1]) / (2 * h), (along[:, 2] - along[:, 3]) / h
-    quotient = (4 * fine - coarse) / 3
+    quotient, fine = richardson(along)
     judged = [d for d, i in zip(directions, question.moving, strict=True) if i in question.judged]
     slope = sum((g * d).reshape(len(g), -1).sum(axis=1) for g, d in zip(exact, judged, strict=True))
     size = sum(np.abs(g * d).reshape(len(g), -1).sum(axis=1) for g, d in zip(exact, judged, strict=True))
-    doubt = np.abs(quotient - fine) + LIMIT * value_unit / h + 1e-9 * size
+    doubt = np.abs(quotient - fine) + LIMIT * value_unit / STEPS[0] + 1e-9 * size
     return np.abs(quotient - slope) <= 10 * doubt
+
+
+def richardson(along: Any) -> tuple[Any, Any]:
+    """The extrapolated difference quotient, from values of f at all STEPS (last axis), and the finer one."""
+    h = STEPS[0]
+    coarse, fine = (along[:, 0] - along[:, 1]) / (2 * h), (along[:, 2] - along[:, 3]) / h
+    return (4 * fine - coarse) / 3, fine
 
 
 def _floored(units: list[Numbers], exact: list[Numbers], eps: float) -> list[Numbers]:
