@@ -1,5 +1,7 @@
 """Initialisers have the variance of their papers; parameters are a plain pytree."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,3 +88,29 @@ def test_summary_counts_every_parameter():
     assert f"{784 * 128 + 128 + 128 * 10 + 10:,}" in table and "bfloat16" in table and "198.8 KiB" in table
     assert len({len(line) for line in table.splitlines()}) == 1, "columns line up"
     assert "none" in fnn.summary(fnn.init(jax.random.key(0), (2, 3), bias=None))
+
+
+def test_summary_is_a_table_of_the_layers():
+    first = fnn.Layer(jnp.zeros((128, 64), "float32"), jnp.zeros(128, "float32"))
+    table = """
+layer  W          b       dtype     parameters
+    1  (128, 64)  (128,)  float32        8,320
+    2  (10, 128)  none    float32        1,280
+total                     37.5 KiB       9,600
+"""
+    assert fnn.summary((first, fnn.Layer(jnp.zeros((10, 128), "float32")))) == table.strip()
+
+
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ((5, 51), "1020 B"),
+        ((16, 16), "1 KiB"),
+        ((500, 500), "976.6 KiB"),
+        ((512, 512), "1 MiB"),
+        ((16384, 16384), "1 GiB"),
+    ],
+)
+def test_summary_measures_memory_in_units_of_1024(shape, size):
+    W: Any = np.broadcast_to(np.float32(0), shape)  # one number in memory
+    assert f"  {size}  " in fnn.summary((fnn.Layer(W),)).splitlines()[-1]

@@ -1,5 +1,7 @@
 """One property for every rule: the formula, the contract, autodiff, adjointness, differences."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +63,26 @@ def test_rule_shows_its_name_and_its_forward_docstring():
     assert "huber_loss(1.0)" in repr(fnn.cost(fnn.mlp(fnn.relu), fnn.huber_loss(1.0)))
 
 
+def test_rule_of_another_callable_shows_its_parameters_or_its_class():
+    def scaled_forward(scale, shift, x):
+        return scale * x + shift, None
+
+    class Cube:
+        def __call__(self, x):
+            return x**3, x
+
+    assert repr(fnn.Rule(partial(scaled_forward, 2, 0.5), lambda _, y_bar: (2 * y_bar,))) == "scaled(2, 0.5)"
+    assert repr(fnn.Rule(Cube(), lambda x, y_bar: (y_bar * 3 * x**2,))) == "Cube"
+
+
+def test_forward_whose_arguments_python_cannot_tell_is_accepted():
+    rule = fnn.Rule(max, min)  # written in C, without a signature
+    assert fnn.mlp(rule).hidden is rule
+
+
 def test_equal_arguments_give_equal_rules_so_that_jit_compiles_once():
     assert fnn.leaky_relu(0.01) == fnn.leaky_relu() and fnn.elu(2) == fnn.elu(2.0)
+    assert fnn.elu() == fnn.elu(1.0) and fnn.huber_loss() == fnn.huber_loss(1.0)
     assert fnn.leaky_relu(0.01) != fnn.leaky_relu(0.02)
     first = fnn.cost(fnn.mlp([fnn.tanh, fnn.elu(0.5)]), fnn.huber_loss(2.0), l2=0.1)
     second = fnn.cost(fnn.mlp([fnn.tanh, fnn.elu(0.5)]), fnn.huber_loss(2.0), l2=0.1)
