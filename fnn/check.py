@@ -202,6 +202,7 @@ def check_jvp(
     question = Question("check_jvp", inner, candidate, (weights, primals, tangents), 0, seed)
     question.also_moving = (1, 2)
     question.path_names = "out_dot"
+    question.outputs = f
     report = _check(question)
     if same_output:
         return report

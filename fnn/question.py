@@ -46,6 +46,7 @@ class Question:
     is_rule: bool = False  # argument 0 holds cotangents, and None stands for a zero adjoint
     also_moving: tuple[int, ...] = ()
     path_names: str = ""
+    outputs: Function | None = None  # of a jvp: the primals' function; the arguments are weights, x and ẋ
     points: tuple[str, ...] = ()  # where a closer look is wanted; by default the judge chooses
     is_projected: bool = False  # right at the point given, and too large for entries at others
     notes: list[str] = field(default_factory=list)

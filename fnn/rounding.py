@@ -11,6 +11,7 @@ Algorithms*, §2.8 and §26.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,8 +94,29 @@ def spread(closed: ClosedJaxpr, samples: int) -> Callable[..., tuple[list[Any], 
 
 
 def without_custom_rules(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
-    """The traced function with every custom derivative replaced by the function that it is a rule for."""
+    """The traced function without the derivatives that users gave to parts of it; JAX's own rules stay."""
     return lambda *inputs: _evaluate(closed.jaxpr, closed.consts, inputs, None)
+
+
+def carries_rules(closed: ClosedJaxpr) -> bool:
+    """Whether users gave derivatives to parts of a traced function, by `custom_vjp` or `custom_jvp`."""
+    return any(_is_users_rule(eqn) or any(map(carries_rules, _inner(eqn))) for eqn in closed.jaxpr.eqns)
+
+
+def _is_users_rule(eqn: Any) -> bool:
+    if eqn.primitive.name in CUSTOM_JVP:
+        info = getattr(_closed(eqn.params["call_jaxpr"]).jaxpr, "debug_info", None)
+        _, _, file = str(getattr(info, "func_src_info", "")).partition(" at ")
+        return not file.startswith(str(Path(jax.__file__).parent))
+    return eqn.primitive.name in CUSTOM
+
+
+def _with_its_rule(jaxpr: Any, eqn: Any, ins: list[Any]) -> list[Any]:
+    """A call, evaluated so that it keeps the derivative it was given."""
+    of = {atom: x for atom, x in zip(eqn.invars, ins, strict=True) if not isinstance(atom, Literal)}
+    consts = {} if not hasattr(jaxpr, "consts") else {"consts": ()}
+    alone = jaxpr.replace(constvars=[], invars=list(of), outvars=list(eqn.outvars), eqns=[eqn], **consts)
+    return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*of.values())
 
 
 def primitives(closed: ClosedJaxpr) -> set[str]:
@@ -186,6 +208,8 @@ def _evaluate(jaxpr, consts, inputs, factors: Iterator[Any] | None, *, rounds_in
             outs = _while(eqn, ins, factors)
         elif name == "cond":
             outs = _cond(eqn, ins, factors)
+        elif factors is None and name in CUSTOM_JVP and not _is_users_rule(eqn):
+            outs = _with_its_rule(jaxpr, eqn, ins)
         elif (inner := called(eqn)) is not None:
             outs = _evaluate(inner.jaxpr, inner.consts, ins, factors)
         else:
@@ -266,7 +290,17 @@ def _while(eqn: Any, ins: list, factors: Iterator[Any] | None) -> list:
     def goes_on(carry):
         return _evaluate(cond.jaxpr, cond.consts, [*for_cond, *carry], None)[0]
 
-    return list(jax.lax.while_loop(goes_on, step, list(carry)))
+    def each_goes_on(carry):
+        """Under vmap, where some have ended and others go on."""
+        going, stepped = goes_on(carry), step(carry)
+        return [
+            jnp.where(going.reshape(going.shape + (1,) * (jnp.ndim(new) - going.ndim)), new, old)
+            for new, old in zip(stepped, carry, strict=True)
+        ]
+
+    is_batched = cond.out_avals[0].shape != ()
+    advance = each_goes_on if is_batched else step
+    return list(jax.lax.while_loop(lambda carry: jnp.any(goes_on(carry)), advance, list(carry)))
 
 
 def _cond(eqn: Any, ins: list, factors: Iterator[Any] | None) -> list:

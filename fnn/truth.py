@@ -30,7 +30,7 @@ from .question import (
     wide_array,
     wide_promotion,
 )
-from .rounding import CUSTOM, coarsest, noisy, primitives, random_factors, spread, without_custom_rules
+from .rounding import carries_rules, coarsest, noisy, random_factors, spread, without_custom_rules
 
 SAMPLES = 8  # runs of Monte-Carlo arithmetic: the spread of 8 is ten times too small once in 10^7
 LIMIT = 16.0  # rounding units allowed; what right gradients reach is in experiments/benchmarks
@@ -87,7 +87,7 @@ class Reference:
     value: Evaluator
     arrays: list[Any]
     gradient: Any  # a jaxpr: the gradient's leaves, the value last
-    is_past_rules: bool  # f carries rules of `custom_vjp`, which were passed over
+    is_past_rules: bool  # f carries rules of a user's, which were passed over
 
     @cached_property
     def work(self) -> int:
@@ -113,7 +113,7 @@ def reference_of(question: Question) -> Reference:
         raise value.error
     if value.jaxpr is None:
         return Reference(value, arrays, None, False)
-    has_rule = bool(primitives(value.jaxpr) & CUSTOM)
+    has_rule = carries_rules(value.jaxpr)
     plain = without_custom_rules(value.jaxpr) if has_rule else jaxpr_as_fun(value.jaxpr)
     with wide_promotion():
         traced, _ = trace(question.value_and_gradient(lambda arrays: plain(*arrays)[0]), arrays)

@@ -15,9 +15,10 @@ import numpy as np
 
 from .question import Evaluator, Numbers, Point, Question, as_it_is, compiled_once, program_key, trace
 from .report import AT_FAULT, KINK, LOST, RIGHT, UNJUDGED, WRONG, Leaf
-from .rounding import CUSTOM_JVP, noisy, primitives, random_factors
+from .rounding import CUSTOM_JVP, carries_rules, noisy, primitives, random_factors, without_custom_rules
 from .truth import EPS, LIMIT, SAMPLES, Truth, rms
 
+STAGES = (1.0, 0.5, 0.25)  # of a step, from which a slope is extrapolated
 ENTRIES = 48  # looked at one by one, by differences, where autodiff and the gradient disagree
 
 
@@ -36,8 +37,12 @@ class Verdicts:
         self.skipped = 0
         self.eps_native = 0.0 if eps_native <= EPS else eps_native
         # A wrong rule inside f shows at most points; a kink, at which differences fail too, at few.
-        rules = value.jaxpr is not None and primitives(value.jaxpr) & CUSTOM_JVP
-        self.doubts_autodiff = bool(rules) and truth.is_confirmed[:3].sum() <= 1
+        has_rule = value.jaxpr is not None and bool(primitives(value.jaxpr) & CUSTOM_JVP)
+        is_often_doubtful = truth.is_confirmed[:3].sum() <= 1
+        self.doubts_autodiff = [
+            has_rule and not confirmed and (p == 0 or is_often_doubtful)
+            for p, confirmed in enumerate(truth.is_confirmed)
+        ]
 
     def record(self, n: int, p: int, verdict: str, units: Numbers, got: Numbers, expected: Numbers) -> None:
         where = np.unravel_index(int(np.argmax(np.where(np.isnan(units), np.inf, units))), units.shape)
@@ -66,17 +71,19 @@ class Verdicts:
             suspicious = units > LIMIT
             is_gradient = n < len(self.truth.gradient)
             if is_gradient:
+                if p == 0:  # elsewhere NaN of both is nobody's question
+                    suspicious |= ~np.isfinite(exact)
                 # Where rounding flips a branch, as at a tie, the unit is no rounding any more.
                 size = np.abs(exact) + np.median(np.abs(exact))
                 suspicious |= (unit > 1e-7 * size) & (np.abs(value - exact) > 1e-6 * size)
-                if self.doubts_autodiff and not self.truth.is_confirmed[p] and not suspicious.any():
+                if self.doubts_autodiff[p] and not suspicious.any():
                     suspicious = np.ones_like(units, bool)  # both may be wrong
             verdict = RIGHT
             if suspicious.any():
                 verdict = WRONG
                 if is_gradient:
                     verdict, units, exact = self.look_closer(
-                        n, p, value, exact, unit, units, suspicious, 1e-4
+                        n, p, value, exact, unit, units, suspicious, 1e-4, eps
                     )
                     self.exact[n][p] = exact  # corrected where autodiff is at fault
             self.record(n, p, verdict, units, value, exact)
@@ -118,7 +125,7 @@ class Verdicts:
                 if n < len(self.truth.gradient):
                     reach = min(max(1e-4, 64 * own), 0.05)
                     closer, units, exact = self.look_closer(
-                        n, 0, value, exact, unit, units, units > LIMIT, reach
+                        n, 0, value, exact, unit, units, units > LIMIT, reach, own
                     )
                     verdict = closer if closer != WRONG else verdict
             self.record(n, 0, verdict, units, value, exact)
@@ -127,7 +134,12 @@ class Verdicts:
         """What autodiff itself loses in the dtype given, by its error and by Monte-Carlo arithmetic."""
         question = self.question
         arrays = question.arrays(None, as_it_is)
-        jaxpr, _ = trace(question.value_and_gradient(question.value), arrays)
+        f, _ = trace(lambda arrays: [question.value(arrays)], arrays)
+        plain = question.value
+        if f is not None and carries_rules(f):
+            without = without_custom_rules(f)
+            plain = lambda arrays: without(*arrays)[0]  # noqa: E731
+        jaxpr, _ = trace(question.value_and_gradient(plain), arrays)
         if jaxpr is None:
             return [np.zeros_like(exact[0]) for exact in self.exact]
         run, avals = noisy(jaxpr)
@@ -143,7 +155,7 @@ class Verdicts:
             results.append(np.maximum(spread, np.abs(wide[0] - exact[0])))
         return results
 
-    def look_closer(self, n, p, value, exact, unit, units, suspicious, reach):
+    def look_closer(self, n, p, value, exact, unit, units, suspicious, reach, eps):
         """One-sided derivatives of f at suspicious entries: is it a kink, or is autodiff at fault?
 
         Returns the verdict, and units and truth with those corrected.
@@ -164,7 +176,10 @@ class Verdicts:
         x = self.points[p].theta[column]
         size = float(rms(x)) or 1.0
         steps = reach * np.maximum(np.abs(x.flat[entries]), size)
-        left, right, doubt = self.one_sided(p, [[(column, [e], [1.0])] for e in entries], steps)
+        if self.question.outputs is not None:
+            left, right, doubt = self.along_tangent(n, p, entries, reach)
+        else:
+            left, right, doubt = self.one_sided(p, [[(column, [e], [1.0])] for e in entries], steps)
         nearby: list[Numbers] = []  # gradients at points around, made when a kink is met
         units, exact = np.array(units, float), np.array(exact, float)
         verdicts = set()
@@ -182,21 +197,30 @@ class Verdicts:
                     verdicts.add(WRONG)
                 continue
             is_kink = jump > 20 * doubt[k] and jump > 1e-3 * max(abs(low), abs(high))
+            both_nan = np.isnan(value.flat[e]) and np.isnan(exact.flat[e])
+            if both_nan and p > 0:
+                verdicts.add(UNJUDGED)
+                continue
             if is_kink:
                 if not nearby:
                     nearby.append(self.gradients_nearby(n, p, steps))
                 low, high = nearby[0][:, e].min(initial=low), nearby[0][:, e].max(initial=high)
-                slack = room + 1e-2 * jump
+                # The unit knows the kink too, where rounding flips its branch: it is no slack.
+                rounding = LIMIT * min(unit.flat[e], eps * max(abs(low), abs(high)))
+                slack = doubt[k] + rounding + 1e-2 * jump
                 if low - slack <= value.flat[e] <= high + slack:
                     units.flat[e] = 0.0
                     verdicts.add(KINK)
                 else:
+                    if both_nan:
+                        units.flat[e], exact.flat[e] = np.inf, (low + high) / 2
                     verdicts.add(WRONG)
                 continue
             middle = (low + high) / 2
-            if doubt[k] > 0.02 * max(abs(low), abs(high), abs(value.flat[e])) and not np.isfinite(
-                exact.flat[e]
-            ):
+            largest = max(abs(low), abs(high), float(np.nan_to_num(abs(value.flat[e]))))
+            rounding = 4 * LIMIT * self.truth.value_unit[p] / steps[k]
+            is_doubtful = doubt[k] > max(0.02 * largest, 4 * rounding)
+            if is_doubtful and not np.isfinite(exact.flat[e]):
                 units.flat[e] = 0.0  # an infinite slope, or no slope at all
                 verdicts.add(UNJUDGED)
                 continue
@@ -208,7 +232,7 @@ class Verdicts:
             exact.flat[e] = middle
             units.flat[e] = abs(value.flat[e] - middle) / (room + near + 1e-300)
             verdicts.add(AT_FAULT if units.flat[e] <= LIMIT else WRONG)
-        if KINK in verdicts:
+        if KINK in verdicts and self.question.outputs is None:
             for is_convex in (True, False):
                 of = (right > left) == is_convex
                 if of.any():
@@ -280,10 +304,10 @@ class Verdicts:
         moves: for each direction its parts (column, entries, values)
         steps: how far along each
         """
-        theta, stages, rows = self.points[p].theta, (1.0, 0.5, 0.25), []
+        theta, rows = self.points[p].theta, []
         for parts, step in zip(moves, steps, strict=True):
             for sign in (1, -1):
-                for stage in stages:
+                for stage in STAGES:
                     moved = list(theta)
                     for column, entries, values in parts:
                         moved[column] = np.array(moved[column])
@@ -292,15 +316,41 @@ class Verdicts:
         n = len(rows)
         is_large = sum(x.size for x in theta) > 1e5
         values = self.value(rows + [theta] * (1 if is_large else _padded(n + 1) - n))[0]
-        table = values[:n].reshape(len(moves), 2, len(stages))
-        h = np.asarray(steps)[:, None, None] * np.asarray(stages)
-        slopes = (table - values[-1]) / h * np.array([1, -1])[:, None]
-        coarse = 2 * slopes[..., 1] - slopes[..., 0]
-        fine = 2 * slopes[..., 2] - slopes[..., 1]
-        best = (4 * fine - coarse) / 3
-        noise = LIMIT * self.truth.value_unit[p] / (np.asarray(steps) * stages[-1])
-        doubt = np.abs(best - fine).max(axis=1) + noise
-        return best[:, 1], best[:, 0], doubt
+        table = values[:n].reshape(len(moves), 2, len(STAGES))
+        return _slopes(table, values[-1], np.asarray(steps), LIMIT * self.truth.value_unit[p])
+
+    def along_tangent(self, n: int, p: int, entries: Numbers, reach: float) -> tuple[Numbers, ...]:
+        """As `one_sided`, of entries of a function's output along the tangent ẋ of its arguments x."""
+        question, theta = self.question, self.points[p].theta
+        n_weights, n_primals = len(question.judged), (len(theta) - len(question.judged)) // 2
+        xs, x_dots = theta[n_weights:][:n_primals], theta[n_weights + n_primals :]
+        size = max((float(rms(x_dot)) / (float(rms(x)) or 1.0) for x, x_dot in zip(xs, x_dots, strict=True)))
+        step, rows = reach / (size or 1.0), []
+        for t in [sign * stage * step for sign in (1, -1) for stage in STAGES] + [0.0]:
+            moved = [np.asarray(x + t * x_dot) for x, x_dot in zip(xs, x_dots, strict=True)]
+            rows.append([*theta[:n_weights], *moved, *x_dots])
+
+        def outputs(arrays):
+            assert question.outputs is not None
+            out = question.outputs(*question.build(arrays)[1])
+            return [o for o in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(o), jnp.floating)]
+
+        values = Evaluator(question, outputs, self.value.arrays)(rows)[n].reshape(len(rows), -1)[:, entries]
+        table = values[:-1].T.reshape(len(entries), 2, len(STAGES))
+        at = values[-1]
+        noise = LIMIT * EPS * np.maximum(np.abs(at), np.abs(table).max(axis=(1, 2)))
+        return _slopes(table, at[:, None, None], np.full(len(entries), step), noise)
+
+
+def _slopes(table: Numbers, at: Numbers, steps: Numbers, noise: Numbers) -> tuple[Numbers, ...]:
+    """Left and right slopes from values (entry, side, stage), extrapolated, and their doubt."""
+    h = steps[:, None, None] * np.asarray(STAGES)
+    slopes = (table - at) / h * np.array([1, -1])[:, None]
+    coarse = 2 * slopes[..., 1] - slopes[..., 0]
+    fine = 2 * slopes[..., 2] - slopes[..., 1]
+    best = (4 * fine - coarse) / 3
+    doubt = np.abs(best - fine).max(axis=1) + noise / (steps * STAGES[-1])
+    return best[:, 1], best[:, 0], doubt
 
 
 def _finite_size(x: Numbers) -> Numbers:
