@@ -25,6 +25,7 @@ from jax.extend.core import jaxpr_as_fun
 from .diagnosis import Evidence, diagnose
 from .inside import origin_of_nonfinite, replaced, steps_of
 from .large import is_right_by_projection, look_at
+from .progress import late_bar
 from .question import (
     Broken,
     Evaluator,
@@ -215,14 +216,22 @@ def _output_of(forward: Function) -> Function:
 
 
 def _check(question: Question, batch_axes: Sequence[int | None] | None = None) -> Report:
+    with late_bar() as tell:
+        question.tell = tell
+        return _checked(question, batch_axes)
+
+
+def _checked(question: Question, batch_axes: Sequence[int | None] | None) -> Report:
     report = _check_one(question)
+    question.tell("the data in reverse order", 1, 2)
     if report:
         report = _with_data_reversed(question, report)
     if batch_axes is None:
         return report
     sizes = _batch_sizes(question, batch_axes)
     N = sizes.pop(0)
-    for n in sizes:
+    for done, n in enumerate(sizes):
+        question.tell("other batch sizes", done, len(sizes))
         args = tuple(
             arg if axis is None else jax.tree.map(partial(_rows, n=n, axis=axis), arg)
             for arg, axis in zip(question.args, batch_axes, strict=True)

@@ -63,7 +63,8 @@ def look_at(
     worst: dict[int, Leaf] = {}
     n_confirmed = n_skipped = 0
     names = question.paths + (["value"] if question.has_value else [])
-    for point in points:
+    for p, point in enumerate(points):
+        question.tell("points", p, len(points))
         arrays = dealt(reference, point.theta)
         is_given = point is points[0]
         seen = look(arrays, list(native) if is_given and eps_native > EPS else [])

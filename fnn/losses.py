@@ -331,13 +331,13 @@ def _check_floats(name: str, Z: Array, y: Array) -> None:
     if Z.shape != y.shape:
         hint = "Broadcasting would pair every output with every target."
         if y.shape == Z.shape[:-1]:
-            hint = "Did you mean y[:, None]?"
+            hint = "Did you mean y[..., None]?"
             if Z.shape[-1] > 1:
                 classes = jnp.issubdtype(y.dtype, jnp.integer) or name.startswith(("softmax", "categorical"))
                 hint = "For one target per example the network needs a last width of 1."
                 hint = _LABELS.format(name=name, K=Z.shape[-1]) if classes else hint
         elif Z.shape == y.shape[:-1]:
-            hint = "Did you mean y[:, 0], or an output for each target?"
+            hint = "Did you mean y[..., 0], or an output for each target?"
         elif Z.shape[1:] == y.shape[1:]:
             hint = "Are X and y of the same examples?"
         elif Z.shape == y.shape[::-1]:
@@ -371,7 +371,7 @@ def _check_class_numbers(name: str, Z: Array, y: Array) -> None:
     if y.shape != Z.shape[:-1]:
         hint = "Are X and y of the same examples?"
         if y.shape == (*Z.shape[:-1], 1):
-            hint = "Did you mean y[:, 0]?"
+            hint = "Did you mean y[..., 0]?"
         elif y.shape == Z.shape:
             hint = "Did you mean y.argmax(axis=-1), if y is one-hot?"
         raise ValueError(

@@ -1,6 +1,7 @@
-"""A progress bar over epochs: live with rich in a terminal, a few plain lines elsewhere."""
+"""Progress bars: over epochs, live in a terminal and a few plain lines elsewhere; and a late one."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -53,3 +54,42 @@ def progress_bar(epochs: int, names: Sequence[str], *, show: bool) -> Iterator[S
         yield lambda epoch, train, validation: bar.update(
             task, completed=epoch, numbers=text(train, validation)
         )
+
+
+Tell = Callable[[str, int, int], None]  # (what is done now, how many of it are done, of how many)
+
+
+@contextmanager
+def late_bar(*, after: float = 3.0) -> Iterator[Tell]:
+    """Yields a function to call with news; in a terminal a bar shows the latest after so many seconds.
+
+    Whoever waits less sees nothing, and so do logs. Written to standard error.
+    """
+    began, shown = time.monotonic(), []
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:  # rich is in the extra `experiments`
+        yield lambda what, done, total: None
+        return
+    console = Console(stderr=True)
+
+    def tell(what: str, done: int, total: int) -> None:
+        if not shown and console.is_terminal and time.monotonic() - began > after:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            bar = Progress(*columns, console=console, transient=True)
+            bar.start()
+            shown.append((bar, bar.add_task(what, total=total)))
+        for bar, task in shown:
+            bar.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        for bar, _ in shown:
+            bar.stop()

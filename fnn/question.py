@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from .progress import Tell
+
 Function = Callable[..., Any]
 Numbers = Any  # NumPy: an array, or a number where the shape is ()
 
@@ -49,6 +51,7 @@ class Question:
     outputs: Function | None = None  # of a jvp: the primals' function; the arguments are weights, x and ẋ
     points: tuple[str, ...] = ()  # where a closer look is wanted; by default the judge chooses
     is_projected: bool = False  # right at the point given, and too large for entries at others
+    tell: Tell = lambda what, done, total: None  # progress
     notes: list[str] = field(default_factory=list)
     contract: list[str] = field(default_factory=list)
 

@@ -129,7 +129,7 @@ def find_truth(
         return _by_differences(question, points, value)
     directions, offsets = _offsets(question, points, rng)
     run = _one_by_one if reference.is_large else _at_once
-    exact, spreads, along = run(reference, points, offsets, rng)
+    exact, spreads, along = run(question, reference, points, offsets, rng)
     exact, values = exact[:-1], exact[-1]
     eps = max(EPS, coarsest(traced))
     value_unit = spreads[-1] + eps * np.abs(values)
@@ -151,7 +151,13 @@ def dealt(reference: Reference, columns: Iterable[Any]) -> list[Any]:
     return [next(columns) if moves else x for moves, x in zip(is_moving, reference.arrays, strict=True)]
 
 
-def _at_once(reference: Reference, points: list[Point], offsets: list[Numbers], rng: np.random.Generator):
+def _at_once(
+    question: Question,
+    reference: Reference,
+    points: list[Point],
+    offsets: list[Numbers],
+    rng: np.random.Generator,
+):
     """The gradient with its spread at every point, and f around it: one program, all runs along one axis."""
     traced, value = reference.gradient, reference.value
     run, avals = noisy(traced)
@@ -177,7 +183,13 @@ def _at_once(reference: Reference, points: list[Point], offsets: list[Numbers], 
     return exact, [rms(x[:, 1:] - x[:, :1], axis=1)[:, 0] for x in runs], along.reshape(n_points, -1)
 
 
-def _one_by_one(reference: Reference, points: list[Point], offsets: list[Numbers], rng: np.random.Generator):
+def _one_by_one(
+    question: Question,
+    reference: Reference,
+    points: list[Point],
+    offsets: list[Numbers],
+    rng: np.random.Generator,
+):
     """As `_at_once`, in little memory: point after point and run after run."""
     traced, value = reference.gradient, reference.value
     measured, f = spread(traced, SAMPLES), jaxpr_as_fun(value.jaxpr)
@@ -191,6 +203,7 @@ def _one_by_one(reference: Reference, points: list[Point], offsets: list[Numbers
             exact, spreads = jax.device_get(at_point(dealt(reference, point.theta)))
             around = [dealt(reference, (x[p, step] for x in offsets)) for step in range(len(STEPS))]
             rows.append((exact, spreads, [float(of_f(place)) for place in around]))
+            question.tell("a closer look", p + 1, len(points))
     exact, spreads = (
         [np.stack(leaf) for leaf in zip(*(row[k] for row in rows), strict=True)] for k in (0, 1)
     )
@@ -263,6 +276,7 @@ def _by_differences(question: Question, points: list[Point], value: Evaluator) -
     )
     used = points[:2]
     gradients, units, values, value_units = [], [], [], []
+    n_done, n_all = 0, len(used) * sum(np.size(question.leaves[i]) for i in question.judged)
     for point in used:
         (at,) = value([point.theta])
         noise = 8 * EPS * abs(float(at[0]))
@@ -294,6 +308,8 @@ def _by_differences(question: Question, points: list[Point], value: Evaluator) -
                             best, error = row[-1], gap
                     table.append(row)
                 gradient[entry], unit[entry] = best, error
+                n_done += 1
+                question.tell("differences of f", n_done, n_all)
             per_leaf.append(gradient.reshape(x.shape))
             per_unit.append(unit.reshape(x.shape) / 3)
         gradients.append(per_leaf)

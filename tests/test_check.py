@@ -290,6 +290,132 @@ def test_rule_that_f_carries_is_not_its_own_judge():
     assert not fnn.check_rule(cube, v)
 
 
+def test_rule_that_f_carries_does_not_excuse_lost_digits():
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, bar: (bar * ((1000 + x) ** 2 - 1e6 - x**2) / 1000,))
+
+    def f(x):
+        return square(x).sum()
+
+    x = jnp.array([0.3, 1.7], jnp.float32)
+    report = fnn.check_gradient(f, jax.grad(f), x)
+    assert not report and report.leaves[0].verdict == "WRONG: loses digits", report
+    assert fnn.check_gradient(f, lambda x: 2 * x, x)
+
+
+def test_users_tangent_rule_is_passed_over_and_jaxs_own_are_not():
+    @jax.custom_jvp
+    def square(x):
+        return x * x
+
+    square.defjvps(lambda x_dot, out, x: x_dot * jnp.where(x == 2, 7.0, 2 * x))
+
+    def f(x):
+        return square(x).sum() + jax.nn.relu(x).sum()
+
+    x = jnp.array([2.0, 1.7])
+    report = fnn.check_gradient(f, jax.grad(f), x)
+    assert not report and report.leaves[0].expected == 5.0, report
+    assert fnn.check_gradient(f, lambda x: 2 * x + jnp.heaviside(x, 0.0), jnp.array([0.0, 1.5]))
+
+
+def test_rule_of_jaxs_is_doubted_where_differences_do_not_confirm_it():
+    def cofactors(A):
+        return jnp.stack([jnp.cross(A[1], A[2]), jnp.cross(A[2], A[0]), jnp.cross(A[0], A[1])])
+
+    det, A = jnp.linalg.det, jnp.diag(jnp.array([1.0, 0.0, 3.0]))
+    assert fnn.check_gradient(det, cofactors, A)
+    if jax.grad(det)(A)[1, 1] == 0:  # as in jax 0.10 to 0.12; the cofactor is 3
+        report = fnn.check_gradient(det, jax.grad(det), A)
+        assert not report and report.leaves[0].expected == pytest.approx(3.0), report
+
+
+def test_nan_is_wrong_where_there_is_a_slope_though_autodiff_has_nan_too():
+    def sinc(x):
+        return jnp.where(x != 0, jnp.sin(x) / x, 1.0)
+
+    report = fnn.check_gradient(sinc, jax.grad(sinc), jnp.array(0.0))
+    assert np.isnan(jax.grad(sinc)(0.0)) and not report and report.leaves[0].expected == 0.0, report
+    right = fnn.check_gradient(sinc, lambda x: jnp.where(x != 0, jax.grad(sinc)(x), 0.0), jnp.array(0.0))
+    assert right and right.leaves[0].verdict == "right; autodiff is at fault", right
+    assert not fnn.check_gradient(jnp.linalg.norm, jax.grad(jnp.linalg.norm), jnp.zeros(3))
+    assert fnn.check_gradient(jnp.linalg.norm, lambda x: x / jnp.linalg.norm(x), v), "NaN at zeros is f's own"
+
+
+def test_loop_that_ends_at_its_own_time_for_every_entry():
+    def halved(x):
+        return jax.lax.while_loop(lambda x: x > 1, lambda x: x / 2, x)
+
+    def f(x):
+        return jnp.sum(jax.vmap(halved)(x) ** 2)
+
+    def right(x):
+        small = jax.vmap(halved)(x)
+        return jnp.where(x > 0, 2 * small * small / jnp.where(x > 0, x, 1.0), 2 * small)
+
+    x = jnp.array([0.7, 3.0, 20.0])
+    assert fnn.check_gradient(f, right, x)
+    assert not fnn.check_gradient(f, lambda x: 1.001 * right(x), x)
+
+
+def test_tangent_at_a_kink_takes_any_slope_between_and_none_outside():
+    def jvp_of_maximum(share):
+        def jvp(primals, tangents):
+            (x, y), (x_dot, y_dot) = primals, tangents
+            tie = share * x_dot + (1 - share) * y_dot
+            return jnp.maximum(x, y), jnp.where(x > y, x_dot, jnp.where(x < y, y_dot, tie))
+
+        return jvp
+
+    primals = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 1.0, 5.0])
+    for share, is_right in ((0.0, True), (0.3, True), (1.0, True), (1.5, False), (-0.5, False)):
+        assert bool(fnn.check_jvp(jnp.maximum, jvp_of_maximum(share), primals)) == is_right, share
+
+
+def test_tie_of_two_arguments_takes_a_share_of_each_and_no_more():
+    x, y = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 1.0, 5.0])
+    for share, is_right in ((0.0, True), (0.3, True), (1.0, True), (1.2, False), (-0.2, False)):
+        got = lambda x, y, s=share: jnp.where(x > y, 1.0, jnp.where(x == y, s, 0.0))  # noqa: E731
+        assert bool(fnn.check_gradient(lambda x, y: jnp.maximum(x, y).sum(), got, x, y)) == is_right, share
+
+
+@pytest.fixture(params=[0, np.inf], ids=["by projection elsewhere", "entry by entry"])
+def large(request, monkeypatch):
+    """Every question is treated as a large one."""
+    monkeypatch.setattr("fnn.truth.BUDGET", 0)
+    monkeypatch.setattr("fnn.large.ALL_POINTS", request.param)
+
+
+@pytest.mark.parametrize("name", [*thinned(WRONG, 64), *thinned(RIGHT, 16)])
+def test_large_gradients_get_the_same_verdict(name, large):
+    assert bool(judge((WRONG | RIGHT)[name]())) == (name in RIGHT)
+
+
+def test_large_gradient_wrong_elsewhere_or_of_other_data_is_caught(large):
+    assert fnn.check_gradient(squares, gradient, W, X, y)
+    here = np.asarray(W)
+    elsewhere = lambda W, X, y: gradient(W, X, y) * jnp.where((W != here).any(), 1.001, 1.0)  # noqa: E731
+    assert not fnn.check_gradient(squares, elsewhere, W, X, y)
+    given = X
+    captured = fnn.check_gradient(squares, lambda W, X, y: gradient(W, given, y), W, X, y)
+    assert not captured and "in reverse order" in captured.diagnoses[0], captured
+    one = fnn.check_gradient(squares, lambda W, X, y: gradient(W, X, y).at[1, 2].multiply(1.001), W, X, y)
+    assert not one and one.leaves[0].index == (1, 2), one
+
+
+def test_millions_of_entries_are_judged_where_they_are():
+    x = jnp.asarray(rng.standard_normal(4_000_000), jnp.float32)
+    f = lambda x: jnp.sum(jnp.sin(x) * x)  # noqa: E731
+    right = lambda x: jnp.cos(x) * x + jnp.sin(x)  # noqa: E731
+    report = fnn.check_gradient(f, right, x)
+    assert report and "large: elsewhere judged by one random projection" in report.notes, report
+    wrong = fnn.check_gradient(f, lambda x: right(x).at[777_777].add(1e-3), x)
+    assert not wrong and wrong.leaves[0].index == (777_777,), wrong
+
+
 def test_numpy_functions_are_judged_by_differences():
     def f(x):
         return float(np.sum(np.asarray(x) ** 3))
@@ -458,3 +584,16 @@ def test_report_units_of_right_gradients_stay_far_below_the_limit():
 def test_partial_functions_and_jitted_ones_are_functions():
     assert fnn.check_gradient(jax.jit(squares), jax.jit(gradient), W, X, y)
     assert fnn.check_gradient(partial(squares, X=X, y=y), partial(gradient, X=X, y=y), W)
+
+
+def test_a_bar_is_shown_to_who_waits_and_to_no_other(monkeypatch, capsys):
+    from fnn.progress import late_bar
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
+    with late_bar(after=60.0) as tell:
+        tell("differences of f", 1, 9)
+    assert "differences" not in capsys.readouterr().err
+    with late_bar(after=0.0) as tell:
+        tell("differences of f", 1, 9)
+        tell("differences of f", 7, 9)
+    assert "differences of f" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fnn
+from tests.test_bad_input import BAD
 
 ROOT = Path(__file__).parent.parent
 MODULES = [module.name for module in pkgutil.iter_modules(fnn.__path__, "fnn.")]
@@ -78,6 +79,10 @@ def test_readme_has_the_two_commands_and_ci_runs_the_second():
     run = "python3 -m pip install uv && python3 -m uv run"
     assert f"{run} python -m experiments.digits" in commands and f"{run} pytest" in commands
     assert f"{run} pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_counts_the_cases_of_bad_input():
+    assert f"{len(BAD)} cases, from a label of -1" in README
 
 
 def test_readme_links_lead_to_what_they_name():
