@@ -44,7 +44,7 @@ import tyro
 import fnn
 from experiments.command import Flags as CommonFlags
 from experiments.command import expect, expect_file
-from fnn.rounding import without_custom_rules
+from fnn.inside import replaced
 from fnn.tables import aligned
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -105,7 +105,7 @@ class Answer(NamedTuple):
 
 def plain(f: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without the rules it carries."""
-    return lambda *xs: without_custom_rules(jax.make_jaxpr(f)(*xs))(*xs)[0]
+    return lambda *xs: replaced(jax.make_jaxpr(f)(*xs), {})(*xs)[0]
 
 
 def of(f: Callable[..., Any], *args: Any, reference: Callable[..., Any] | None = None) -> Callable[..., Any]:
