@@ -195,8 +195,8 @@ def check_errors(fnn, cost, params, X, y, *weight):
     values, expected = autodiff(nudges)
     np.testing.assert_allclose(sweep.losses, values, rtol=1e-12)
     assert len(sweep.errors) == len(params)
-    # A running bound of the rounding: the same recursion on absolute values. Nothing cancels there, as it does
-    # where softmax subtracts a mean; no activation here has a slope beyond 1.13, and every step has slack.
+    # A running bound of the rounding: the same recursion on absolute values. Nothing cancels there, as it
+    # does where softmax subtracts a mean; no activation has a slope beyond 1.13, and every step has slack.
     terms = np.abs(expected[-1])
     for l in reversed(range(len(params))):
         terms = np.maximum(terms, np.abs(expected[l]))
