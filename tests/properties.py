@@ -85,7 +85,8 @@ def check_contract(case: Case, primals):
 
 def check_against_autodiff(result: Evaluation, dtype, fan_in: int):
     """Every adjoint equals `jax.vjp`'s."""
-    np.testing.assert_array_equal(np.asarray(result.value), np.asarray(result.called), err_msg="rule(...)")
+    # Not bitwise: both stand in one program, and XLA may fuse its two copies of them differently.
+    assert_close(result.called, result.value, dtype, what="rule(...)", fan_in=fan_in)
     assert jax.tree.structure(result.ours) == jax.tree.structure(result.theirs)
     pairs = zip(jax.tree.leaves_with_path(result.ours), jax.tree.leaves(result.theirs), strict=True)
     for (path, a), b in pairs:
