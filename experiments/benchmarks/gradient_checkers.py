@@ -9,11 +9,14 @@ in four precisions, with x64 on. Every checker as its documentation uses it:
     allclose     numpy.allclose(candidate, jax.grad(f)), with its defaults
     check_grads  jax.test_util.check_grads of a custom_vjp with the candidate, first order, reverse mode
     check_grad   scipy.optimize.check_grad in float64, below 1e-5 of the gradient's length
+    gradcheck    torch.autograd.gradcheck of a Function with the candidate as its backward, in float64, with
+                 its defaults (needs torch, in the extra `others`; left out without it)
 
 An exception counts as a rejection: the gradient does not get through. Rules and jvps, which not all of them
 can be asked about, are judged by fnn alone. The table is written to gradient_checkers.txt beside the script.
 """
 
+import importlib.util
 import sys
 import time
 import warnings
@@ -31,6 +34,10 @@ from jax.flatten_util import ravel_pytree
 from fnn.tables import aligned
 from tests.corpus import RIGHT, WRONG, judge
 from tests.corpus_wrong import Case
+
+torch: Any = None
+if importlib.util.find_spec("torch"):
+    torch = importlib.import_module("torch")
 
 
 def by_fnn(case: Case) -> bool:
@@ -89,6 +96,35 @@ def by_check_grad(case: Case) -> bool:
     return bool(error <= 1e-5 * max(float(np.linalg.norm(gradient(np.asarray(x)))), 1.0))
 
 
+def by_gradcheck(case: Case) -> bool:
+    """f and its gradient of one vector, handed to torch through NumPy."""
+    positions = case.argnums if isinstance(case.argnums, tuple) else (case.argnums,)
+    vector, unravel = ravel_pytree(
+        tuple(jax.tree.map(lambda a: jnp.asarray(a, float), case.args[i]) for i in positions)
+    )
+
+    def args(x):
+        whole = list(case.args)
+        for i, arg in zip(positions, unravel(jnp.asarray(x.detach().numpy())), strict=True):
+            whole[i] = arg
+        return whole
+
+    class OfJax(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return torch.tensor(float(case.f(*args(x))), dtype=torch.float64)
+
+        @staticmethod
+        def backward(ctx, bar):
+            (x,) = ctx.saved_tensors
+            gradient = ravel_pytree(gradient_of(case)(*args(x)))[0]
+            return bar * torch.tensor(np.asarray(gradient, np.float64))
+
+    x = torch.tensor(np.asarray(vector, np.float64), requires_grad=True)
+    return bool(torch.autograd.gradcheck(OfJax.apply, (x,)))
+
+
 def gradient_of(case: Case) -> Callable[..., Any]:
     assert case.candidate is not None
     candidate: Callable[..., Any] = case.candidate
@@ -100,7 +136,7 @@ CHECKERS = {
     "allclose": by_allclose,
     "check_grads": by_check_grads,
     "check_grad": by_check_grad,
-}
+} | ({"gradcheck": by_gradcheck} if torch else {})
 
 
 def passes(check: Callable[[Case], bool], build: Callable[[], Case]) -> bool:
@@ -130,10 +166,11 @@ def main() -> None:
     alarmed = [name for name in others if name in RIGHT and not passes(by_fnn, RIGHT[name])]
     n_wrong = sum(name in WRONG for name in others)
     device = jax.devices()[0]
+    with_torch = f"torch {torch.__version__}, " if torch else ""
     text = aligned(rows, "<>>>") + (
         f"\n\nRules and jvps, by fnn: {n_wrong - len(missed)} of {n_wrong} wrong ones caught, {len(alarmed)} "
         f"false alarms of {len(others) - n_wrong}, {time.perf_counter() - start:.0f} s\n"
-        f"jax {jax.__version__}, scipy {scipy.__version__}, {device.platform}\n"
+        f"jax {jax.__version__}, scipy {scipy.__version__}, {with_torch}{device.platform}\n"
     )
     print(text)
     Path(__file__).with_suffix(".txt").write_text(text, encoding="utf-8")
