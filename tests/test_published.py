@@ -15,6 +15,10 @@ from experiments import published
 from experiments.published import KINK, LOSES, NO_GRADIENT, NOT_ASKED, REFUSED, RIGHT, WRONG
 
 QUICK = published.Flags(quick=True)
+of_jax_0_10 = pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason="the table is of jax 0.10.2; later ones have jnp.sinc's gradient right",
+)
 
 
 @pytest.fixture
@@ -29,6 +33,7 @@ def quick():
     return rows, published.measure(QUICK, rows)
 
 
+@of_jax_0_10
 def test_quick_run_has_the_verdicts_that_it_is_known_for(quick):
     rows, answers = quick
     found = {
@@ -47,6 +52,7 @@ def test_quick_run_has_the_verdicts_that_it_is_known_for(quick):
     }
 
 
+@of_jax_0_10
 def test_table_says_why_shows_it_and_names_what_is_missing(quick):
     rows, answers = quick
     text = published.table(rows, answers, ["a_package"])
@@ -78,6 +84,7 @@ def test_gradient_of_det_is_zero_where_a_cofactor_is_six(defaults):
     assert nudged[1] - nudged[0] == pytest.approx(6)
 
 
+@of_jax_0_10
 def test_other_lines_of_the_table_are_true(defaults):
     x = np.float16(0.001)
     assert jax.grad(jnp.sinc)(x) == -np.inf and -(pi**2) * x / 3 == pytest.approx(-0.00329, rel=1e-3)
