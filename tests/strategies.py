@@ -25,6 +25,10 @@ def tolerance(dtype, fan_in: int = 1) -> float:
 
     50 roundings: a rule is a dozen operations, each off by at most half an eps, seen from autodiff's own
     dozen; times √fan_in, the growth of the rounding error of a sum whose errors are independent.
+
+    Where a test compares float64 numbers by name it is tighter than this, by the number of operations between
+    the two: rtol 1e-15 is a few roundings (a closed form), 1e-14 some tens (a chain of gates, a short sum),
+    1e-13 some hundreds (one layer), 1e-12 a whole network or training run; float32 has 1e-7 in place of 1e-16.
     """
     return 50 * float(jnp.finfo(dtype).eps) * max(fan_in, 1) ** 0.5
 
