@@ -28,7 +28,7 @@ def tolerance(dtype, fan_in: int = 1) -> float:
 
     Where a test compares float64 numbers by name it is tighter than this, by the number of operations between
     the two: rtol 1e-15 is a few roundings (a closed form), 1e-14 some tens (a chain of gates, a short sum),
-    1e-13 some hundreds (one layer), 1e-12 a whole network or training run; float32 has 1e-7 in place of 1e-16.
+    1e-13 some hundreds (one layer), 1e-12 a whole network or training run; of float32, 1e-6 is a few.
     """
     return 50 * float(jnp.finfo(dtype).eps) * max(fan_in, 1) ** 0.5
 
