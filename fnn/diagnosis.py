@@ -37,6 +37,7 @@ class Evidence:
     elsewhere: list[tuple] = field(default_factory=list)
     is_wide: bool = False
     computes_with: float = 0.0
+    own_eps: float = 0.0  # of the dtype in which it was returned
     native: list = field(default_factory=list)
     sums: Callable[[], list] = list
     tanh_form: Callable[[], list | None] = lambda: None
@@ -59,7 +60,10 @@ def _all(e: Evidence) -> Iterator[str]:
     yield from _lost_digits(e, wrong)
     close = 1e-12 if e.is_wide else 1e-9
     anywhere, wrong = wrong, [n for n in wrong if not _same(e.got[n], e.truth[n], close)]
-    factors = {n: _factor(e.got[n], e.truth[n]) for n in wrong if _comparable(e, n)}
+    compared = [n for n in wrong if _comparable(e, n)]
+    # Of a single number everything is a multiple: it has no vote where there are others.
+    several = [n for n in compared if e.got[n].size > 1] or compared
+    factors = {n: _factor(e.got[n], e.truth[n]) for n in several}
     common = {f"{f:.9g}" for f in factors.values() if f is not None}
     explained = set()
     if factors and None not in factors.values() and len(common) == 1:
@@ -68,7 +72,7 @@ def _all(e: Evidence) -> Iterator[str]:
         where = "every leaf" if len(factors) == len(e.paths) else ", ".join(e.paths[n] for n in factors)
         yield f"off by a constant factor of {_named(factor, e.sizes)} in {where}"
         explained |= set(factors)
-        if not _known(factor, e.sizes) and _factor_varies(e):
+        if not _known(factor, e.sizes) and _factor_varies(e) and e.got[several[0]].size > 1:
             yield "right in direction but not in length: the factor changes from point to point"
     for n in wrong:
         if not _comparable(e, n) or n in explained:
@@ -112,6 +116,8 @@ def _factor(got: Numbers, truth: Numbers) -> float | None:
     c = float(np.vdot(truth, got)) / square
     if c == 0:
         return 0.0 if not got.any() else None
+    if abs(c - 1) < 1e-6:
+        return None
     return c if _explains(c * truth, got, truth) else None
 
 
@@ -193,6 +199,8 @@ def _lost_digits(e: Evidence, wrong: list[int]) -> Iterator[str]:
             continue
         if _same(e.got[n], e.truth[n]):
             apart = np.abs(e.native[n] - e.truth[n]) / np.maximum(np.abs(e.truth[n]), 1e-300)
+            if apart.max() <= 16 * e.own_eps:
+                continue
             yield (
                 f"{e.paths[n]}: right in float64, but off by up to {float(apart.max()):.2g} of an entry in "
                 "its own dtype: it loses digits that autodiff keeps, to cancellation or in a long sum"

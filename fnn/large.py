@@ -122,9 +122,9 @@ def _programs(
         units.append(value_unit)
         got, suspicious, wide, own = mine(*arrays), jnp.zeros((), bool), [], []
         for n, value in enumerate(got):
-            unit = units[n] * (eps / eps_truth) + 1e-4 * (eps_native if eps_native > EPS else 0) * jnp.abs(
-                exact[n]
-            )
+            unit = units[n] * max(eps / eps_truth, 1.0) + 1e-4 * (
+                eps_native if eps_native > EPS else 0
+            ) * jnp.abs(exact[n])
             worst = _largest(value, exact[n], unit)
             wide.append(worst)
             suspicious |= ~(worst.units <= LIMIT)

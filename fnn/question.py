@@ -61,11 +61,16 @@ class Question:
                 raise TypeError(f"{self.what}: {name} needs to be a function, got {type(function).__name__}.")
         self.several = not hasattr(self.argnums, "__index__")
         numbers: Any = self.argnums if self.several else (self.argnums,)
-        self.positions = tuple(index(i) % len(self.args) if self.args else 0 for i in numbers)
+        positions = [index(i) % len(self.args) if self.args else 0 for i in numbers]
+        self.order = sorted(range(len(positions)), key=positions.__getitem__)
+        self.positions = tuple(sorted(positions))  # inside, gradients stand in the order of the arguments
         if not self.args or any(not -len(self.args) <= index(i) < len(self.args) for i in numbers):
             raise ValueError(
                 f"{self.what}: argnums={self.argnums}, but there are {len(self.args)} arguments."
             )
+
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"{self.what}: argnums={self.argnums} names an argument twice.")
 
     def take_apart(self) -> None:
         """Sorts the leaves of the arguments: arrays and others, floats that move, floats that are judged."""
@@ -154,12 +159,19 @@ class Question:
                 raise Broken(f"the value needs to be a scalar, got shape {np.shape(value)}")
         if self.is_rule:
             out = self._expanded(out)
+        if self.several and isinstance(out, tuple) and len(out) == len(self.order):
+            out = tuple(out[k] for k in self.order)
         leaves, tree = jax.tree.flatten(out, is_leaf=lambda x: x is None)
         if tree != self.wanted_tree:
             raise Broken(f"needs the structure of the arguments, {self.wanted_tree}, got {tree}")
         results: list[Any] = []
         for got, wanted in zip(leaves, self.wanted_leaves, strict=True):
             if not isinstance(wanted, jax.Array | np.ndarray | np.generic | float):
+                if isinstance(got, jax.Array | np.ndarray | np.generic | float) and not isinstance(
+                    wanted, int
+                ):
+                    kind = "None" if wanted is None else type(wanted).__name__
+                    self.contract_breach(f"an argument that is no array ({kind}) needs no gradient, got one")
                 continue
             dtype, n = jnp.result_type(wanted), len(results)
             if not jnp.issubdtype(dtype, jnp.floating):

@@ -53,7 +53,7 @@ class Truth:
     gradient_at: Evaluator | None  # at other points, by autodiff
 
 
-POINTS = ("as given", "moved", "moved again", "ten times", "zeros")
+POINTS = ("as given", "moved", "moved again", "ten times", "zeros", "mirrored")
 
 
 def points_around(question: Question, rng: np.random.Generator, names: Sequence[str] = POINTS) -> list[Point]:
@@ -76,6 +76,7 @@ def points_around(question: Question, rng: np.random.Generator, names: Sequence[
         "moved again": moved,
         "ten times": lambda: each(lambda x: 10 * x),
         "zeros": lambda: each(np.zeros_like),
+        "mirrored": lambda: each(np.negative),
     }
     return [Point(name, make[name]()) for name in names]
 
@@ -279,7 +280,7 @@ def _by_differences(question: Question, points: list[Point], value: Evaluator) -
     n_done, n_all = 0, len(used) * sum(np.size(question.leaves[i]) for i in question.judged)
     for point in used:
         (at,) = value([point.theta])
-        noise = 8 * EPS * abs(float(at[0]))
+        noise = max(8 * EPS * abs(float(at[0])), _noise(point, value))
         per_leaf, per_unit = [], []
         for column, i in enumerate(question.moving):
             if i not in question.judged:
@@ -331,6 +332,21 @@ def _by_differences(question: Question, points: list[Point], value: Evaluator) -
         judge,
         None,
     )
+
+
+def _noise(point: Point, value: Evaluator) -> float:
+    """How far values of f scatter on a short way: its own rounding, float32's perhaps.
+
+    By the median of the second differences, in which a curve as good as vanishes and a kink counts once.
+    """
+    rng = np.random.default_rng(0)
+    directions = [(float(rms(x)) or 1.0) * rng.choice([-1.0, 1.0], x.shape) for x in point.theta]
+    near = [
+        [np.asarray(x + 1e-7 * k * d) for x, d in zip(point.theta, directions, strict=True)]
+        for k in range(-4, 5)
+    ]
+    second = np.abs(np.diff(value(near)[0], 2))
+    return 4 * float(np.median(second)) if np.isfinite(second).all() else 0.0
 
 
 def rms(x: Numbers, axis: Any = None) -> Numbers:

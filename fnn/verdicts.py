@@ -66,13 +66,18 @@ class Verdicts:
         for n, value in enumerate(got):
             exact = np.asarray(self.exact[n][p])
             # Of what is used in float32, nobody needs the eleventh digit: f itself may be made for float32.
-            unit = self.unit[n][p] * eps / self.truth.eps + 1e-4 * self.eps_native * _finite_size(exact)
+            unit = self.unit[n][p] * max(eps / self.truth.eps, 1.0) + 1e-4 * self.eps_native * _finite_size(
+                exact
+            )
             units = _units(value, exact, unit)
             suspicious = units > LIMIT
             is_gradient = n < len(self.truth.gradient)
             if is_gradient:
                 if p == 0:  # elsewhere NaN of both is nobody's question
                     suspicious |= ~np.isfinite(exact)
+                elif not self.truth.is_confirmed[p]:  # nor is NaN alone where f is not smooth
+                    suspicious &= ~np.isnan(value)
+                    units = np.where(np.isnan(value), 0.0, units)
                 # Where rounding flips a branch, as at a tie, the unit is no rounding any more.
                 size = np.abs(exact) + np.median(np.abs(exact))
                 suspicious |= (unit > 1e-7 * size) & (np.abs(value - exact) > 1e-6 * size)
@@ -160,8 +165,6 @@ class Verdicts:
 
         Returns the verdict, and units and truth with those corrected.
         """
-        if self.value.jaxpr is None:
-            return WRONG, units, exact
         entries = np.flatnonzero(suspicious)
         worst = entries[np.argsort(-np.nan_to_num(units.flat[entries], nan=np.inf), kind="stable")]
         n_moving = sum(x.size for x in self.points[p].theta)
@@ -202,9 +205,10 @@ class Verdicts:
                 verdicts.add(UNJUDGED)
                 continue
             if is_kink:
-                if not nearby:
+                if not nearby and self.truth.gradient_at is not None:
                     nearby.append(self.gradients_nearby(n, p, steps))
-                low, high = nearby[0][:, e].min(initial=low), nearby[0][:, e].max(initial=high)
+                if nearby:
+                    low, high = nearby[0][:, e].min(initial=low), nearby[0][:, e].max(initial=high)
                 # The unit knows the kink too, where rounding flips its branch: it is no slack.
                 rounding = LIMIT * min(unit.flat[e], eps * max(abs(low), abs(high)))
                 slack = doubt[k] + rounding + 1e-2 * jump
@@ -217,7 +221,7 @@ class Verdicts:
                     verdicts.add(WRONG)
                 continue
             middle = (low + high) / 2
-            largest = max(abs(low), abs(high), float(np.nan_to_num(abs(value.flat[e]))))
+            largest = max(abs(low), abs(high), float(np.nan_to_num(abs(value.flat[e]), posinf=0.0)))
             rounding = 4 * LIMIT * self.truth.value_unit[p] / steps[k]
             is_doubtful = doubt[k] > max(0.02 * largest, 4 * rounding)
             if is_doubtful and not np.isfinite(exact.flat[e]):
@@ -231,7 +235,8 @@ class Verdicts:
                 continue
             exact.flat[e] = middle
             units.flat[e] = abs(value.flat[e] - middle) / (room + near + 1e-300)
-            verdicts.add(AT_FAULT if units.flat[e] <= LIMIT else WRONG)
+            is_right = RIGHT if self.truth.gradient_at is None else AT_FAULT
+            verdicts.add(is_right if units.flat[e] <= LIMIT else WRONG)
         if KINK in verdicts and self.question.outputs is None:
             for is_convex in (True, False):
                 of = (right > left) == is_convex

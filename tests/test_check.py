@@ -416,6 +416,67 @@ def test_millions_of_entries_are_judged_where_they_are():
     assert not wrong and wrong.leaves[0].index == (777_777,), wrong
 
 
+def test_arguments_are_named_in_any_order():
+    f = lambda a, b: jnp.sum(a) * jnp.sum(b**2)  # noqa: E731
+    of_a, of_b = lambda a, b: jnp.full_like(a, (b**2).sum()), lambda a, b: 2 * a.sum() * b  # noqa: E731
+    args = v[:3], v[:2] + 1
+    assert fnn.check_gradient(f, lambda a, b: (of_b(a, b), of_a(a, b)), *args, argnums=(1, 0))
+    assert not fnn.check_gradient(f, lambda a, b: (of_a(a, b), of_b(a, b)), *args, argnums=(1, 0))
+    assert not fnn.check_gradient(f, lambda a, b: (2 * of_b(a, b), of_a(a, b)), *args, argnums=(-1, 0))
+    with pytest.raises(ValueError, match=r"argnums=\(0, 0\) names an argument twice"):
+        fnn.check_gradient(f, lambda a, b: (of_a(a, b), of_a(a, b)), *args, argnums=(0, 0))
+
+
+def test_numpy_functions_have_kinks_and_a_precision_of_their_own():
+    relu = lambda w: float(np.maximum(w, 0).sum())  # noqa: E731
+    w = np.array([0.0, 1.0, -1.0])
+    assert fnn.check_gradient(relu, lambda w: (w >= 0) * 1.0, w)
+    assert not fnn.check_gradient(relu, lambda w: (w >= 0) + 1.0 * (w == 0), w)
+    single = lambda w: float(np.sum(np.sin(w.astype(np.float32)) ** 2))  # noqa: E731
+    w = np.array([0.3, 1.2, -0.4])
+    assert fnn.check_gradient(single, lambda w: np.sin(2 * w), w)
+    assert not fnn.check_gradient(single, lambda w: 1.01 * np.sin(2 * w), w)
+
+
+def test_gradient_may_be_more_exact_than_the_function():
+    f = lambda w, X: jnp.mean((X.astype("float16") @ w.astype("float16")).astype("float32") ** 2)  # noqa: E731
+    args = v.astype("float32")[:3], X.astype("float32")
+    assert fnn.check_gradient(f, lambda w, X: 2 * X.T @ (X @ w) / len(X), *args)
+    assert not fnn.check_gradient(f, lambda w, X: 3 * X.T @ (X @ w) / len(X), *args)
+
+
+def test_infinite_slope_on_both_sides_is_nobodys_mistake():
+    f = lambda x: jnp.cbrt(x).sum()  # noqa: E731
+    assert fnn.check_gradient(f, jax.grad(f), jnp.array([0.0, 1.0, 8.0]))
+
+
+def test_gradient_right_for_positive_numbers_only_is_caught():
+    for seed in range(5):
+        wrong = fnn.check_gradient(jax.nn.softplus, lambda x: jax.nn.sigmoid(abs(x)), 3.0, seed=seed)
+        assert not wrong, seed
+
+
+def test_table_made_at_the_first_call_is_no_hidden_state():
+    table: list[Any] = []
+
+    def right(x):
+        if not table:
+            table.append(np.arange(3.0))
+            return 2 * x * jnp.arange(3.0)
+        return 2 * x * table[0]
+
+    x = jnp.array([1.0, 2.0, 3.0])
+    assert fnn.check_gradient(lambda x: jnp.sum(jnp.arange(3.0) * x**2), right, x)
+
+
+def test_what_is_no_array_has_no_gradient():
+    p = {"W": v, "b": None}
+    f = lambda p: jnp.sum(p["W"] ** 2)  # noqa: E731
+    assert fnn.check_gradient(f, lambda p: {"W": 2 * p["W"], "b": None}, p)
+    report = fnn.check_gradient(f, lambda p: {"W": 2 * p["W"], "b": 7.0}, p)
+    assert not report and "needs no gradient" in report.contract[0]
+
+
 def test_numpy_functions_are_judged_by_differences():
     def f(x):
         return float(np.sum(np.asarray(x) ** 3))

@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.false_alarms --draws 100000
 
 The library's own rules and gates, each with random numbers of random shape, in float64, float32, bfloat16 and
-float16, judged by `fnn.check_rule` at five points each; a draw is a rule judged at a point. Every alarm would
+float16, judged by `fnn.check_rule` at six points each; a draw is a rule judged at a point. Every alarm would
 be a false one. Prints the number of them and the largest error in rounding units, beside what is allowed, and
 writes both to false_alarms.txt beside the script.
 """
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import fnn
-from fnn.check import LIMIT
+from fnn.truth import LIMIT, POINTS
 from tests.strategies import DTYPES, INSTANCES, gate_cases, rules
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     kinds = [
         (name, dtype, size) for name in cases for dtype in DTYPES for size in dict.fromkeys(cases[name].sizes)
     ]
-    per_kind = max(1, -(-flags.draws // (5 * len(kinds))))
+    per_kind = max(1, -(-flags.draws // (len(POINTS) * len(kinds))))
     for name, dtype, size in kinds:
         many: tuple = ()
         for n in range(per_kind):
@@ -42,7 +42,7 @@ def main() -> None:
                 many = cases[name].draw(rng, size, dtype)
             primals = jax.tree.map(lambda leaf, i=n % INSTANCES: leaf[i], many)
             report = fnn.check_rule(cases[name].rule, *primals, seed=int(rng.integers(2**31)))
-            draws += 5
+            draws += len(POINTS)
             if not report:
                 alarms.append(f"{name} {dtype} {size}")
             largest = max(leaf.units for leaf in report.leaves)
