@@ -14,7 +14,7 @@ a rule that f carries (`custom_vjp`) is passed over, so that no rule is its own 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from .diagnosis import Evidence, diagnose
-from .inside import origin_of_nonfinite, replaced, steps_of
+from .evidence import evidence_of, sizes_of, with_insight
 from .large import is_right_by_projection, look_at
 from .progress import late_bar
 from .question import (
@@ -38,10 +38,9 @@ from .question import (
     name_of,
     program_key,
     trace,
-    wide_promotion,
 )
 from .report import Leaf, Report
-from .rounding import coarsest, primitives
+from .rounding import coarsest
 from .rules import RuleLike
 from .truth import EPS, LIMIT, POINTS, Reference, Truth, find_truth, points_around, reference_of
 from .verdicts import Verdicts
@@ -250,8 +249,8 @@ def _checked(question: Question, batch_axes: Sequence[int | None] | None) -> Rep
 def _with_data_reversed(question: Question, report: Report) -> Report:
     """The verdict once more with the arguments that are not differentiated in reverse order.
 
-    A gradient that takes its targets from elsewhere shows. Reversed, rows still sum to what they did, and
-    square matrices, reversed along both axes, stay symmetric: what a formula may rightly assume of its data.
+    A gradient that takes its data from elsewhere shows. Matrices are reversed along both axes: their rows
+    still sum to what they did, and symmetric ones stay so, which a formula may rightly assume of its data.
     """
 
     def reverse(x):
@@ -383,8 +382,10 @@ def _judged(question: Question) -> Report:
     if not report:
         exact = judged.exact[: len(truth.gradient)]
         got = [w[0] for w in wide] if wide is not None else [np.asarray(x, np.float64) for x in native]
-        evidence = _evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native)
-        diagnoses = diagnose(_with_insight(evidence, question, reference, native_jaxpr, wide_jaxpr))
+        evidence = evidence_of(
+            question, truth, exact, points, got, wide, wide_jaxpr, leaves, native, eps_native
+        )
+        diagnoses = diagnose(with_insight(evidence, question, reference, native_jaxpr, wide_jaxpr))
     return _report(question, leaves, truth.judge, diagnoses)
 
 
@@ -489,6 +490,13 @@ def _same_results(a: Any, b: Any, arrays: list[Any]) -> bool:
     return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True) for x, y in pairs)
 
 
+def _as_wide(x: Any) -> Numbers | None:
+    try:
+        return None if x is None else np.asarray(jax.device_get(x)).astype(np.float64)
+    except Exception:  # a tracer: shapes are all that is known
+        return None
+
+
 def _in_float64(question: Question, reference: Reference) -> Evaluator | None:
     """The gradient as a function of float64 arrays, or None where that breaks the contract."""
     try:
@@ -530,87 +538,7 @@ def _broken_report(question: Question, problem: Broken, truth: Truth, reference:
         got=[None if i != problem.leaf else _as_wide(problem.got) for i in range(len(question.paths))],
         truth=[g[0] for g in truth.gradient],
         params=[np.asarray(question.leaves[i]).astype(np.float64) for i in question.judged],
-        sizes=_sizes(question),
+        sizes=sizes_of(question),
     )
-    evidence = _with_insight(evidence, question, reference, None, None)
+    evidence = with_insight(evidence, question, reference, None, None)
     return Report(question.what, (), contract, diagnose(evidence), tuple(question.notes), truth.judge)
-
-
-def _with_insight(
-    evidence: Evidence, question: Question, reference: Reference, native_jaxpr: Any, wide_jaxpr: Any
-) -> Evidence:
-    """What the insides of f, of its reference and of the gradient tell, each asked for at most once."""
-    value, arrays = reference.value.jaxpr, reference.arrays
-    if reference.gradient is None or reference.is_large:
-        return evidence
-
-    @cache
-    def sums():
-        with wide_promotion():
-            return steps_of(reference.gradient, arrays, {"reduce_sum", "dot_general"})
-
-    @cache
-    def tanh_form():
-        if not primitives(value) & {"erf", "erfc"}:
-            return None
-        f = replaced(value, {"erf": _tanh_for_erf, "erfc": lambda u: 1 - _tanh_for_erf(u)})
-        both = question.value_and_gradient(lambda arrays: f(*arrays)[0])
-        with wide_promotion():
-            return [np.asarray(x) for x in jax.jit(both)(arrays)[:-1]]
-
-    def origin(n):
-        if native_jaxpr is not None and not np.isfinite(evidence.native[n]).all():
-            return origin_of_nonfinite(native_jaxpr, question.arrays(None, as_it_is), n)
-        if wide_jaxpr is None:
-            return ""
-        with wide_promotion():
-            return origin_of_nonfinite(wide_jaxpr, arrays, n)
-
-    return replace(evidence, sums=sums, tanh_form=tanh_form, origin=origin)
-
-
-def _tanh_for_erf(u: Any) -> Any:
-    """erf(x/√2) as GELU's tanh form has it. Source: Hendrycks & Gimpel (2016), §2."""
-    x = u * 2**0.5
-    return jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))
-
-
-def _as_wide(x: Any) -> Numbers | None:
-    try:
-        return None if x is None else np.asarray(jax.device_get(x)).astype(np.float64)
-    except Exception:  # a tracer: shapes are all that is known
-        return None
-
-
-def _sizes(question: Question) -> list[int]:
-    """Axis lengths of all arrays: candidates for an N that was forgotten."""
-    return sorted(
-        {
-            n
-            for leaf, yes in zip(question.leaves, question.is_array, strict=True)
-            if yes
-            for n in np.shape(leaf)
-        }
-        - {1}
-    )
-
-
-def _evidence(question, truth, exact, points, got, wide, wide_jaxpr, leaves, native) -> Evidence:
-    n_gradient = len(truth.gradient)
-    return Evidence(
-        paths=question.paths,
-        got=list(got[:n_gradient]),
-        truth=[g[0] for g in exact],
-        params=[points[0].theta[question.moving.index(i)] for i in question.judged],
-        sizes=_sizes(question),
-        verdicts=[leaf.verdict for leaf in leaves[:n_gradient]],
-        elsewhere=[
-            (points[p].name, [w[p] for w in wide[:n_gradient]], [g[p] for g in exact])
-            for p in range(1, len(points))
-            if wide is not None and np.isfinite(truth.value[p])
-        ],
-        is_wide=all(jnp.result_type(question.leaves[i]) == np.float64 for i in question.judged),
-        own_eps=_eps_native(question),
-        computes_with=coarsest(wide_jaxpr) if wide_jaxpr is not None else EPS,
-        native=[np.asarray(x).astype(np.float64) for x in native[:n_gradient]],
-    )

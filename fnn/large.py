@@ -83,10 +83,7 @@ def look_at(
         question.notes.append(
             f"{n_skipped} of {len(points)} points skipped: f is not finite there, or around"
         )
-    judge = "autodiff in float64" + (
-        ", past the custom rule that f carries" if reference.is_past_rules else ""
-    )
-    judge += f", confirmed by differences of f along a direction at {n_confirmed} of {len(points)} points"
+    judge = reference.judge(n_confirmed, len(points))
     return tuple(worst[n] for n in range(len(names))), points, judge
 
 

@@ -57,7 +57,7 @@ POINTS = ("as given", "moved", "moved again", "ten times", "zeros", "mirrored")
 
 
 def points_around(question: Question, rng: np.random.Generator, names: Sequence[str] = POINTS) -> list[Point]:
-    """The point given and others: each leaf moved at random by its own size, ten times the leaf, zeros."""
+    """The point given and others: each leaf moved at random by its own size, ten times, zeros, mirrored."""
     given = [np.asarray(question.leaves[i]).astype(np.float64) for i in question.moving]
     is_judged = [i in question.judged for i in question.moving]
 
@@ -101,6 +101,12 @@ class Reference:
         """Whether all points at once, with all samples, would be too much."""
         return len(POINTS) * SAMPLES * self.work > BUDGET
 
+    def judge(self, n_confirmed: int, n_points: int) -> str:
+        """Who says so, in words."""
+        past = ", past the custom rule that f carries" if self.is_past_rules else ""
+        by = f"confirmed by differences of f along a direction at {n_confirmed} of {n_points} points"
+        return f"autodiff in float64{past}, {by}"
+
 
 def reference_of(question: Question) -> Reference:
     with wide_promotion():
@@ -136,10 +142,7 @@ def find_truth(
     value_unit = spreads[-1] + eps * np.abs(values)
     units = _floored(spreads[:-1], exact, eps)
     confirmed = _confirmed(question, along, exact, directions, value_unit)
-    judge = "autodiff in float64" + (
-        ", past the custom rule that f carries" if reference.is_past_rules else ""
-    )
-    judge += f", confirmed by differences of f along a direction at {confirmed.sum()} of {len(points)} points"
+    judge = reference.judge(int(confirmed.sum()), len(points))
     inside = np.isfinite(along).all(axis=1)
     at_points = Evaluator.of_jaxpr(question, traced, reference.arrays)
     return Truth(exact, units, values, value_unit, eps, confirmed, inside, judge, at_points)

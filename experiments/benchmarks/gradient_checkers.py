@@ -77,9 +77,10 @@ def by_check_grads(case: Case) -> bool:
     return True
 
 
-def by_check_grad(case: Case) -> bool:
+def of_vector(case: Case) -> tuple[Any, Callable[[Any], float], Callable[[Any], Any]]:
+    """The differentiated arguments as one float64 vector, with f and the candidate as functions of it."""
     positions = case.argnums if isinstance(case.argnums, tuple) else (case.argnums,)
-    x, unravel = ravel_pytree(
+    vector, unravel = ravel_pytree(
         tuple(jax.tree.map(lambda a: jnp.asarray(a, float), case.args[i]) for i in positions)
     )
 
@@ -92,37 +93,31 @@ def by_check_grad(case: Case) -> bool:
     def gradient(x):
         return np.asarray(ravel_pytree(gradient_of(case)(*args(x)))[0], np.float64)
 
-    error = scipy.optimize.check_grad(lambda x: float(case.f(*args(x))), gradient, np.asarray(x))
-    return bool(error <= 1e-5 * max(float(np.linalg.norm(gradient(np.asarray(x)))), 1.0))
+    return np.asarray(vector, np.float64), lambda x: float(case.f(*args(x))), gradient
+
+
+def by_check_grad(case: Case) -> bool:
+    x, f, gradient = of_vector(case)
+    error = scipy.optimize.check_grad(f, gradient, x)
+    return bool(error <= 1e-5 * max(float(np.linalg.norm(gradient(x))), 1.0))
 
 
 def by_gradcheck(case: Case) -> bool:
     """f and its gradient of one vector, handed to torch through NumPy."""
-    positions = case.argnums if isinstance(case.argnums, tuple) else (case.argnums,)
-    vector, unravel = ravel_pytree(
-        tuple(jax.tree.map(lambda a: jnp.asarray(a, float), case.args[i]) for i in positions)
-    )
-
-    def args(x):
-        whole = list(case.args)
-        for i, arg in zip(positions, unravel(jnp.asarray(x.detach().numpy())), strict=True):
-            whole[i] = arg
-        return whole
+    vector, f, gradient = of_vector(case)
 
     class OfJax(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             ctx.save_for_backward(x)
-            return torch.tensor(float(case.f(*args(x))), dtype=torch.float64)
+            return torch.tensor(f(x.detach().numpy()), dtype=torch.float64)
 
         @staticmethod
         def backward(ctx, bar):
             (x,) = ctx.saved_tensors
-            gradient = ravel_pytree(gradient_of(case)(*args(x)))[0]
-            return bar * torch.tensor(np.asarray(gradient, np.float64))
+            return bar * torch.tensor(gradient(x.detach().numpy()))
 
-    x = torch.tensor(np.asarray(vector, np.float64), requires_grad=True)
-    return bool(torch.autograd.gradcheck(OfJax.apply, (x,)))
+    return bool(torch.autograd.gradcheck(OfJax.apply, (torch.tensor(vector, requires_grad=True),)))
 
 
 def gradient_of(case: Case) -> Callable[..., Any]:
