@@ -18,18 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from .activations import sigmoid, softplus
+from .elementary import largest, rounded_once, shifted_exponentials, sum_of_others
 from .rules import Rule, RuleLike, finite_number, is_array
 
 
+@rounded_once
 def softmax_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""Cross-entropy of softmax(z) against probabilities y, one per example.
 
     C_n = -Σ y_k log p_k,  p = softmax(z);  0·log 0 = 0
-    ∂C_n/∂z_k = p_k Σ y_j - y_k,  ∂C_n/∂y_k = -log p_k
+    ∂C_n/∂z_k = p_k Σ_j y_j - y_k = p_k Σ_{j≠k} y_j - y_k Σ_{j≠k} p_j,  ∂C_n/∂y_k = -log p_k
 
-    Derivation: d log p_k = dz_k - Σ_j p_j dz_j, so dC_n = -Σ y_k dz_k + (Σ_k y_k) Σ_j p_j dz_j; read
-    off the factor of dz_k. For labels that sum to one it is p - y.
-    Stable: log p = z - log Σ exp(z) is taken at once, never the logarithm of a probability.
+    Derivation: d log p_k = dz_k - Σ_j p_j dz_j, so dC_n = -Σ y_k dz_k + (Σ_k y_k) Σ_j p_j dz_j; read off
+    the factor of dz_k. For labels that sum to one it is p - y. The second form subtracts p_k y_k from both
+    terms (Σ p_j = 1), so that nothing cancels where p_k and y_k are both nearly 1.
+    Stable: with z_m the largest, log p_k = z_k - z_m - log(1 + Σ_{j≠m} exp(z_j - z_m)), never the
+    logarithm of a probability, nor of a sum that has swallowed the small ones.
     Source: Bishop (2006), §4.3.4, eq. 4.108–4.109.
 
     >>> import fnn, jax.numpy as jnp
@@ -38,28 +43,30 @@ def softmax_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[Array, "
     [0.5429]
     """
     _check_floats("softmax_cross_entropy", Z, y)
-    log_p = jax.nn.log_softmax(Z, axis=-1)
-    return -jnp.sum(_times_log(y, log_p), axis=-1), (log_p, y)
+    return -jnp.sum(_times_log(y, _log_softmax(Z)), axis=-1), (Z, y)
 
 
+@rounded_once
 def softmax_cross_entropy_pullback(
     residuals: tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
-    log_p, y = residuals
-    Z_bar = C_bar[..., None] * (jnp.exp(log_p) * jnp.sum(y, axis=-1, keepdims=True) - y)
-    return Z_bar, C_bar[..., None] * -log_p
+    Z, y = residuals
+    p, others = _softmax_and_others(Z)
+    Z_bar = C_bar[..., None] * (p * sum_of_others(y, largest(y)) - y * others)
+    return Z_bar, C_bar[..., None] * -_log_softmax(Z)
 
 
 softmax_cross_entropy = Rule(softmax_cross_entropy_forward, softmax_cross_entropy_pullback)
 
 
+@rounded_once
 def softmax_cross_entropy_with_integer_labels_forward(
     Z: Float[Array, "*batch K"], y: Integer[Array, "*batch"]
 ):
     r"""Cross-entropy of softmax(z) against a class number, one per example.
 
     C_n = -log p_y,  p = softmax(z)
-    ∂C_n/∂z = p - e_y  (e_y: one-hot)
+    ∂C_n/∂z = p - e_y  (e_y: one-hot), of which p_y - 1 is computed as -Σ_{j≠y} p_j
 
     Derivation: d log p_y = dz_y - Σ_j p_j dz_j; read off the factor of dz_n.
     Labels outside 0..K-1 cannot be refused in traced code: they select nothing, and their loss is
@@ -72,18 +79,19 @@ def softmax_cross_entropy_with_integer_labels_forward(
     [0.1429]
     """
     _check_class_numbers("softmax_cross_entropy_with_integer_labels", Z, y)
-    log_p = jax.nn.log_softmax(Z, axis=-1)
     # Compared in at least 32 bits: class numbers of a uint8 array would wrap at 256.
     dtype = jax.dtypes.canonicalize_dtype(y.dtype if y.dtype.itemsize >= 4 else jnp.int32)
     is_label = jax.lax.broadcasted_iota(dtype, Z.shape, Z.ndim - 1) == y.astype(dtype)[..., None]
-    return -jnp.sum(log_p, axis=-1, where=is_label), (log_p, is_label)
+    return -jnp.sum(_log_softmax(Z), axis=-1, where=is_label), (Z, is_label)
 
 
+@rounded_once
 def softmax_cross_entropy_with_integer_labels_pullback(
     residuals: tuple[Float[Array, "*batch K"], Bool[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
-    log_p, is_label = residuals
-    return C_bar[..., None] * (jnp.exp(log_p) - is_label.astype(log_p.dtype)), None
+    Z, is_label = residuals
+    p, others = _softmax_and_others(Z)
+    return C_bar[..., None] * jnp.where(is_label, -others, p), None
 
 
 softmax_cross_entropy_with_integer_labels = Rule(
@@ -91,15 +99,16 @@ softmax_cross_entropy_with_integer_labels = Rule(
 )
 
 
+@rounded_once
 def sigmoid_binary_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""Cross-entropy of σ(z) against probabilities y, summed over outputs, one per example.
 
     C_n = -Σ [y_k log σ(z_k) + (1 - y_k) log σ(-z_k)] = Σ [softplus(z_k) - y_k z_k]
-    ∂C_n/∂z_k = σ(z_k) - y_k,  ∂C_n/∂y_k = -z_k
+    ∂C_n/∂z_k = σ(z_k) - y_k = (1 - y_k) σ(z_k) - y_k σ(-z_k),  ∂C_n/∂y_k = -z_k
 
     Derivation: log σ(z) = z - softplus(z) and log σ(-z) = -softplus(z); softplus′ = σ.
     Stable: of the two logarithms it takes -y log σ(z) - (1-y) log σ(-z) as they stand, since
-    softplus(z) - y z cancels for large z.
+    softplus(z) - y z cancels for large z. So does σ - y where both are nearly 1; its second form does not.
     Source: Nielsen (2015), ch. 3, eq. 57 and 61; Bishop (2006), eq. 4.90–4.91.
 
     >>> import fnn, jax.numpy as jnp
@@ -108,15 +117,17 @@ def sigmoid_binary_cross_entropy_forward(Z: Float[Array, "*batch K"], y: Float[A
     [2.2539]
     """
     _check_floats("sigmoid_binary_cross_entropy", Z, y)
-    losses = y * jax.nn.softplus(-Z) + (1 - y) * jax.nn.softplus(Z)
+    losses = y * softplus(-Z) + (1 - y) * softplus(Z)
     return jnp.sum(losses, axis=-1), (Z, y)
 
 
+@rounded_once
 def sigmoid_binary_cross_entropy_pullback(
     residuals: tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
     Z, y = residuals
-    return C_bar[..., None] * (jax.nn.sigmoid(Z) - y), C_bar[..., None] * -Z
+    slopes = (1 - y) * sigmoid(Z) - y * sigmoid(-Z)
+    return C_bar[..., None] * slopes, C_bar[..., None] * -Z
 
 
 sigmoid_binary_cross_entropy = Rule(
@@ -124,6 +135,7 @@ sigmoid_binary_cross_entropy = Rule(
 )
 
 
+@rounded_once
 def half_squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""½ Σ (z_k - y_k)², one per example: the quadratic cost of the textbooks.
 
@@ -139,6 +151,7 @@ def half_squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*ba
     return jnp.sum(e**2, axis=-1) / 2, e
 
 
+@rounded_once
 def half_squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array, "*batch"]):
     Z_bar = C_bar[..., None] * e
     return Z_bar, -Z_bar
@@ -147,6 +160,7 @@ def half_squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array,
 half_squared_error = Rule(half_squared_error_forward, half_squared_error_pullback)
 
 
+@rounded_once
 def squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""Σ (z_k - y_k)², one per example.
 
@@ -162,6 +176,7 @@ def squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K
     return jnp.sum(e**2, axis=-1), e
 
 
+@rounded_once
 def squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array, "*batch"]):
     Z_bar = C_bar[..., None] * 2 * e
     return Z_bar, -Z_bar
@@ -170,6 +185,7 @@ def squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array, "*ba
 squared_error = Rule(squared_error_forward, squared_error_pullback)
 
 
+@rounded_once
 def mean_squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""(1/K) Σ (z_k - y_k)², one per example.
 
@@ -185,6 +201,7 @@ def mean_squared_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*ba
     return jnp.mean(e**2, axis=-1), e
 
 
+@rounded_once
 def mean_squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array, "*batch"]):
     Z_bar = C_bar[..., None] * (2 / e.shape[-1]) * e
     return Z_bar, -Z_bar
@@ -193,6 +210,7 @@ def mean_squared_error_pullback(e: Float[Array, "*batch K"], C_bar: Float[Array,
 mean_squared_error = Rule(mean_squared_error_forward, mean_squared_error_pullback)
 
 
+@rounded_once
 def mean_absolute_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""(1/K) Σ |z_k - y_k|, one per example.
 
@@ -208,6 +226,7 @@ def mean_absolute_error_forward(Z: Float[Array, "*batch K"], y: Float[Array, "*b
     return jnp.mean(jnp.abs(e), axis=-1), jnp.sign(e)
 
 
+@rounded_once
 def mean_absolute_error_pullback(sign: Float[Array, "*batch K"], C_bar: Float[Array, "*batch"]):
     Z_bar = C_bar[..., None] / sign.shape[-1] * sign
     return Z_bar, -Z_bar
@@ -216,6 +235,7 @@ def mean_absolute_error_pullback(sign: Float[Array, "*batch K"], C_bar: Float[Ar
 mean_absolute_error = Rule(mean_absolute_error_forward, mean_absolute_error_pullback)
 
 
+@rounded_once
 def huber_loss_forward(delta: float, Z: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""(1/K) Σ h(z_k - y_k),  h(e) = ½e² for |e| ≤ delta, else delta (|e| - ½ delta).
 
@@ -229,6 +249,7 @@ def huber_loss_forward(delta: float, Z: Float[Array, "*batch K"], y: Float[Array
     return jnp.mean(inside * (e - inside / 2), axis=-1), inside
 
 
+@rounded_once
 def huber_loss_pullback(delta: float, inside: Float[Array, "*batch K"], C_bar: Float[Array, "*batch"]):
     Z_bar = C_bar[..., None] / inside.shape[-1] * inside
     return Z_bar, -Z_bar
@@ -254,6 +275,7 @@ def huber_loss(delta: float = 1.0) -> Rule:
     return _huber_loss(delta)
 
 
+@rounded_once
 def categorical_cross_entropy_forward(P: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""-Σ y_k log p_k of probabilities p, as after a softmax output layer; one per example.
 
@@ -271,6 +293,7 @@ def categorical_cross_entropy_forward(P: Float[Array, "*batch K"], y: Float[Arra
     return -jnp.sum(_times_log(y, jnp.log(P)), axis=-1), (P, y)
 
 
+@rounded_once
 def categorical_cross_entropy_pullback(
     residuals: tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
@@ -281,6 +304,7 @@ def categorical_cross_entropy_pullback(
 categorical_cross_entropy = Rule(categorical_cross_entropy_forward, categorical_cross_entropy_pullback)
 
 
+@rounded_once
 def binary_cross_entropy_forward(P: Float[Array, "*batch K"], y: Float[Array, "*batch K"]):
     r"""-Σ [y_k log p_k + (1 - y_k) log(1 - p_k)] of probabilities p, as after a sigmoid output layer.
 
@@ -301,6 +325,7 @@ def binary_cross_entropy_forward(P: Float[Array, "*batch K"], y: Float[Array, "*
     return -jnp.sum(losses, axis=-1), (P, y)
 
 
+@rounded_once
 def binary_cross_entropy_pullback(
     residuals: tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
@@ -310,6 +335,18 @@ def binary_cross_entropy_pullback(
 
 
 binary_cross_entropy = Rule(binary_cross_entropy_forward, binary_cross_entropy_pullback)
+
+
+def _log_softmax(Z: Array) -> Array:
+    top, d, e = shifted_exponentials(Z)
+    return d - jnp.log1p(jnp.sum(e, axis=-1, keepdims=True, where=~top))  # the largest e is 1
+
+
+def _softmax_and_others(Z: Array) -> tuple[Array, Array]:
+    """p_k, and 1 - p_k = Σ_{j≠k} p_j."""
+    top, _, e = shifted_exponentials(Z)
+    others = sum_of_others(e, top)
+    return e / (e + others), others / (e + others)
 
 
 def _times_log(y: Array, log_p: Array) -> Array:

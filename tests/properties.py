@@ -197,8 +197,10 @@ def check_errors(fnn, cost, params, X, y, *weight):
     np.testing.assert_allclose(sweep.losses, values, rtol=1e-12)
     assert len(sweep.errors) == len(params)
     # A running bound of the rounding: the same recursion on absolute values. Nothing cancels there, as it
-    # does where softmax subtracts a mean; no activation has a slope beyond 1.13, and every step has slack.
-    terms = np.abs(expected[-1])
+    # does where a loss subtracts y (or 1, the label's probability) and softmax a mean; no activation has a
+    # slope beyond 1.13, and every step has slack.
+    y_terms = np.abs(y) if jnp.issubdtype(y.dtype, jnp.floating) else np.float64(1)
+    terms = np.maximum(np.abs(expected[-1]), y_terms)
     for l in reversed(range(len(params))):
         terms = np.maximum(terms, np.abs(expected[l]))
         what = f"δ^{l + 1}"

@@ -238,6 +238,8 @@ def network_case(fnn, arch: Architecture) -> Case:
             fnn.Layer(_normal(rng, (n_out, n_in)) / n_in**0.5, _normal(rng, (n_out,)) if arch.bias else None)
             for n_in, n_out in zip(arch.widths[:-1], arch.widths[1:], strict=True)
         )
+        if arch.loss == "binary_cross_entropy":  # a σ that 16 bits round to 1 would make it infinite
+            params = (*params[:-1], jax.tree.map(lambda x: x / 4, params[-1]))
         X = _normal(rng, (arch.N, arch.widths[0]))
         _, y = MAKE_LOSS[arch.loss](rng, (arch.N, arch.widths[-1]))
         weight = (rng.uniform(0.1, 2, (INSTANCES, arch.N)),) if arch.weighted else ()
