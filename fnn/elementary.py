@@ -42,11 +42,26 @@ def rounded_once(function: F) -> F:
         if len(narrow) != 1:  # none; or two, which the function refuses or promotes as JAX is set
             return function(*arguments)
         (dtype,) = narrow
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _is_narrow(x) else x, arguments)
+        wide = jax.tree.map(widened, arguments)
         is_wide = lambda x: is_array(x) and x.dtype == jnp.float32  # noqa: E731
         return jax.tree.map(lambda x: x.astype(dtype) if is_wide(x) else x, function(*wide))
 
     return evaluated  # pyright: ignore[reportReturnType]
+
+
+def widened(x: Any) -> Any:
+    """x in at least 32 bits, if it is an array of floats."""
+    return x.astype(jnp.float32) if _is_narrow(x) else x
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """a @ b, summed and returned in at least 32 bits: bfloat16 does not see 1 more on a sum of 256."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32 if _is_narrow(a) else a.dtype)
+
+
+def scaled(x: Array, scale: float) -> Array:
+    """scale·x, for a scale known when traced."""
+    return x if scale == 1 else scale * x
 
 
 def _is_narrow(x: Any) -> bool:

@@ -17,9 +17,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .activations import identity
+from .elementary import matmul, scaled, widened
 from .params import Params, check_not_narrowed, check_params
 from .rules import RuleLike, check_adjoints, check_rule_like, is_array
-from .sweep import add_penalty, backpropagate_errors, layer_gradients
+from .sweep import add_penalty, backpropagate_errors, layer_gradients, weight_unit
 
 
 class NetworkResiduals(NamedTuple):
@@ -58,22 +59,25 @@ class Network:
         _check_inputs(params, X)
         A, inputs, kept = X, [], []
         for (W, b), activation in zip(params, self.activations(params), strict=True):
-            Z = A @ W.T
+            Z = matmul(A, W.T)
             if b is not None:
-                Z = Z + jnp.broadcast_to(b, Z.shape)
+                Z = Z + jnp.broadcast_to(b.astype(Z.dtype), Z.shape)
             inputs.append(A)
-            A, residuals = activation.forward(Z)
+            A, residuals = activation.forward(Z.astype(A.dtype))
             kept.append(residuals)
         return A, NetworkResiduals(params, tuple(inputs), tuple(kept))
 
     def pullback(
-        self, residuals: NetworkResiduals, A_bar: Float[Array, "*batch n_out"]
+        self, residuals: NetworkResiduals, A_bar: Float[Array, "*batch n_out"], scale: float = 1.0
     ) -> tuple[Params, Float[Array, "*batch n_in"]]:
-        """∂C/∂params and ∂C/∂X from ā^L: the errors (BP1, BP2), then the gradients (BP3, BP4)."""
+        """∂C/∂params and ∂C/∂X from ā^L: the errors (BP1, BP2), then the gradients (BP3, BP4).
+
+        scale: multiplies them before they are rounded to the dtype of the parameters
+        """
         params, inputs, kept = residuals
         errors = backpropagate_errors(self.activations(params), params, kept, A_bar)
-        params_bar = layer_gradients(inputs, errors, [layer.b is not None for layer in params])
-        return params_bar, errors[0] @ params[0].W
+        params_bar = layer_gradients(inputs, errors, [layer.b is not None for layer in params], scale)
+        return params_bar, scaled(matmul(errors[0], params[0].W), scale).astype(A_bar.dtype)
 
     def __call__(self, params: Params, X: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         return self.forward(params, X)[0]
@@ -106,7 +110,7 @@ class CostResiduals(NamedTuple):
     network: Any
     loss: Any
     losses: Array  # C_n
-    weights: Array  # c_n = ∂C/∂C_n
+    weights: Array  # c_n = ∂C/∂C_n, in at least 32 bits
     weight_slope: Array | None  # ∂C/∂w_n, None without sample weights
     params: Any
 
@@ -132,33 +136,45 @@ class Cost:
             )
         if losses.size == 0:
             raise ValueError(f"cost: the batch is empty, X {jnp.shape(X)}; it needs at least one example.")
+        L, N, dtype = widened(losses), losses.size, losses.dtype
         if sample_weight is None:
             # C = (1/N) Σ C_n
-            weights, weight_slope = jnp.full_like(losses, 1 / losses.size), None
-            C = jnp.mean(losses)
+            weights, weight_slope = jnp.full_like(L, 1 / N), None
+            C = jnp.mean(L)
         elif self.reduction == "mean":
             # C = (1/N) Σ w_n C_n,  ∂C/∂w_n = C_n / N
             _check_sample_weight(sample_weight, losses)
-            weights, weight_slope = sample_weight / losses.size, losses / losses.size
-            C = jnp.mean(sample_weight * losses)
+            w = widened(sample_weight)
+            weights, weight_slope = w / N, (L / N).astype(dtype)
+            C = jnp.mean(w * L)
         else:
             # C = Σ w_n C_n / Σ w_n,  ∂C/∂w_n = (C_n - C) / Σ w_n;  0 if all w_n are 0
             _check_sample_weight(sample_weight, losses)
-            total = jnp.sum(sample_weight)
+            w = widened(sample_weight)
+            total = jnp.sum(w)
             total = jnp.where(total == 0, 1, total)
-            C = jnp.sum(sample_weight * losses) / total
-            weights, weight_slope = sample_weight / total, (losses - C) / total
+            C = jnp.sum(w * L) / total
+            weights, weight_slope = w / total, ((L - C) / total).astype(dtype)
         residuals = CostResiduals(network, loss, losses, weights, weight_slope, params)
         if self._has_penalty:
             for W in _weights(params):
-                C = C + _as(self.l2, C) / 2 * jnp.sum(W**2)  # ½ λ ‖W^l‖²
-        return C, residuals
+                C = C + _as(self.l2, C) / 2 * jnp.sum(widened(W) ** 2).astype(C.dtype)  # ½ λ ‖W^l‖²
+        return C.astype(dtype), residuals
 
     def pullback(self, residuals: CostResiduals, C_bar: Float[Array, ""]) -> tuple[Any, ...]:
         """The adjoints of params, X and y, and of sample_weight if there was one."""
-        loss_bars = self.loss.pullback(residuals.loss, C_bar * residuals.weights)
-        A_bar, y_bar = check_adjoints(self.loss, loss_bars, 2)
-        params_bar, X_bar = self.net.pullback(residuals.network, A_bar)
+        net, dtype = self.net, residuals.losses.dtype
+        # Weights are about 1/N, which in float16 could push the errors below the smallest number. Since the
+        # pullback is linear they keep their size, and this factor comes after the sums over the batch.
+        unit = weight_unit(residuals.losses) if isinstance(net, Network) else 1.0
+        C_bars = scaled(widened(C_bar) * residuals.weights, 1 / unit).astype(dtype)
+        A_bar, y_bar = check_adjoints(self.loss, self.loss.pullback(residuals.loss, C_bars), 2)
+        if isinstance(net, Network):
+            params_bar, X_bar = net.pullback(residuals.network, A_bar, unit)
+        else:
+            params_bar, X_bar = net.pullback(residuals.network, A_bar)
+        if y_bar is not None:
+            y_bar = scaled(y_bar, unit)
         penalty = self.penalty_gradient(residuals.params)
         if penalty is not None:
             params_bar = add_penalty(params_bar, tuple(C_bar * P for P in penalty))

@@ -21,12 +21,14 @@ Examples are rows: δ^l is (N, n_l), so (Wᵀ δ_n for every n) is `delta @ W`, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .elementary import matmul, scaled, widened
 from .params import Layer, Params
 from .rules import RuleLike
 
@@ -40,7 +42,7 @@ class Sweep:
     inputs:  a^0, ..., a^{L-1}, each (N, n_{l-1})
     errors:  δ^1, ..., δ^L, each (N, n_l), ∂C_n/∂z^l_n: of the example's own loss, without the 1/N of
              the mean, its sample weight or the penalty
-    weights: (N,) c_n = ∂C/∂C_n, so 1/N for a plain mean
+    weights: (N,) c_n = ∂C/∂C_n, so 1/N for a plain mean; in at least 32 bits
     penalty: the penalty's gradient with respect to W^1, ..., W^L, or None where there is no penalty
     has_bias: for every layer, whether it has one
 
@@ -105,9 +107,21 @@ def gradient(sweep: Sweep) -> Params:
             f"gradient: needs a sweep, as fnn.backprop makes, got {type(sweep).__name__}. "
             "For the gradient of a cost use fnn.value_and_grad(cost)."
         )
-    errors = tuple(sweep.weights[..., None] * delta for delta in sweep.errors)
-    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias)
+    unit = weight_unit(sweep.losses)
+    weights = scaled(sweep.weights, 1 / unit)[..., None]
+    errors = tuple((weights * widened(delta)).astype(delta.dtype) for delta in sweep.errors)
+    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit)
     return add_penalty(layers, sweep.penalty)
+
+
+def weight_unit(losses: Array) -> float:
+    """The power of two next to 1/N, where losses have 16 bits; otherwise 1.
+
+    A mean's weights c_n are about 1/N, and c_n δ_n may be below float16's 6·10⁻⁸ where the gradient is not.
+    So c_n/unit multiplies the errors, and unit the sums over the batch, before they are rounded. A power of
+    two costs no digit.
+    """
+    return 1.0 if jnp.finfo(losses.dtype).bits >= 32 else 2.0 ** -round(log2(losses.size))
 
 
 def backpropagate_errors(
@@ -117,7 +131,8 @@ def backpropagate_errors(
     (delta,) = activations[-1].pullback(residuals[-1], A_bar)  # BP1
     errors = [delta]
     for l in reversed(range(len(params) - 1)):
-        (delta,) = activations[l].pullback(residuals[l], delta @ params[l + 1].W)  # BP2
+        A_bar = matmul(delta, params[l + 1].W).astype(delta.dtype)
+        (delta,) = activations[l].pullback(residuals[l], A_bar)  # BP2
         errors.append(delta)
     return tuple(reversed(errors))
 
@@ -126,12 +141,18 @@ def layer_gradients(
     inputs: Sequence[Float[Array, "*batch _"]],
     errors: Sequence[Float[Array, "*batch _"]],
     has_bias: Sequence[bool],
+    scale: float = 1.0,
 ) -> Params:
-    """∂C/∂b^l = Σ_n δ^l_n and ∂C/∂W^l = Σ_n δ^l_n (a^{l-1}_n)ᵀ (BP3, BP4)."""
+    """∂C/∂b^l = Σ_n δ^l_n and ∂C/∂W^l = Σ_n δ^l_n (a^{l-1}_n)ᵀ (BP3, BP4), times `scale`.
+
+    The sums are in at least 32 bits, and rounded once.
+    """
     layers = []
     for A, delta, has_b in zip(inputs, errors, has_bias, strict=True):
         A, delta = jnp.atleast_2d(A), jnp.atleast_2d(delta)  # a single example is a batch of one
-        layers.append(Layer(W=delta.T @ A, b=delta.sum(axis=0) if has_b else None))
+        W_bar, b_bar = matmul(delta.T, A), widened(delta).sum(axis=0) if has_b else None
+        W_bar, b_bar = jax.tree.map(lambda x: scaled(x, scale).astype(A.dtype), (W_bar, b_bar))
+        layers.append(Layer(W=W_bar, b=b_bar))
     return tuple(layers)
 
 

@@ -177,8 +177,11 @@ def check_rule(case: Case, size, dtype, seed: int, instances: int = INSTANCES):
 # Of the sweep. `fnn` is the package under test, which may be a copy with a planted fault.
 
 
-def check_errors(fnn, cost, params, X, y, *weight):
-    """δ^l_n = ∂C_n/∂z^l_n by autodiff: the gradient with respect to a nudge added to z^l of every example."""
+def check_sweep(fnn, cost, params, X, y, *weight):
+    """δ^l_n = ∂C_n/∂z^l_n by autodiff: the gradient with respect to a nudge added to z^l of every example.
+
+    And the gradient made of them is the cost's, penalty and weights included.
+    """
     sweep = jax.jit(partial(fnn.backprop, cost))(params, X, y, *weight)
     nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
 
@@ -201,20 +204,19 @@ def check_errors(fnn, cost, params, X, y, *weight):
     # slope beyond 1.13, and every step has slack.
     y_terms = np.abs(y) if jnp.issubdtype(y.dtype, jnp.floating) else np.float64(1)
     terms = np.maximum(np.abs(expected[-1]), y_terms)
-    for l in reversed(range(len(params))):
-        terms = np.maximum(terms, np.abs(expected[l]))
-        what = f"δ^{l + 1}"
-        assert_close(sweep.errors[l], expected[l], "float64", what=what, fan_in=8, terms=float(terms.max()))
-        terms = terms @ np.abs(params[l].W)
-
-
-def check_sweep_gradient(fnn, cost, params, X, y, *weight):
-    """The sweep's gradient is the cost's, penalty and weights included."""
-    got = jax.jit(lambda *args: fnn.gradient(fnn.backprop(cost, *args)))(params, X, y, *weight)
+    got = jax.jit(fnn.gradient)(sweep)
     _, want = jax.jit(jax.value_and_grad(cost))(params, X, y, *weight)
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert_close(a, b, "float64", what="gradient of the sweep", fan_in=16)
+    for l in reversed(range(len(params))):
+        terms = np.maximum(terms, np.abs(expected[l]))
+        what, size = f"δ^{l + 1}", float(terms.max())
+        assert_close(sweep.errors[l], expected[l], "float64", what=what, fan_in=8, terms=size)
+        for a, b in zip(jax.tree.leaves(got[l]), jax.tree.leaves(want[l]), strict=True):
+            size = float(
+                (sweep.weights[:, None] * terms).sum(axis=0).max() * max(1, np.abs(sweep.inputs[l]).max())
+            )
+            assert_close(a, b, "float64", what=f"gradient of layer {l + 1}", fan_in=16, terms=size)
+        terms = terms @ np.abs(params[l].W)
 
 
 # Of training, by rules that show what the loop does with its data.

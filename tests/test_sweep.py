@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import fnn
 from tests import reference
-from tests.properties import check_errors, check_sweep_gradient
+from tests.properties import check_sweep
 from tests.strategies import Architecture, architectures, network_case
 
 
@@ -23,8 +23,7 @@ def draw_batch(arch: Architecture, seed: int = 0):
 def test_sweep_has_every_error_and_its_gradient_is_the_costs(arch, seed):
     case, primals, numbers = draw_batch(arch, seed)
     assume(case.smooth(*numbers))
-    check_errors(fnn, case.rule, *primals)
-    check_sweep_gradient(fnn, case.rule, *primals)
+    check_sweep(fnn, case.rule, *primals)
 
 
 def test_inputs_are_the_activations_of_the_layer_before():
@@ -62,7 +61,7 @@ def test_errors_know_nothing_of_weights_and_penalty_but_the_gradient_does(reduct
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(sweep.weights, w / (len(X) if reduction == "mean" else w.sum()), rtol=1e-15)
     np.testing.assert_allclose(plain.weights, 1 / len(X), rtol=1e-15)
-    check_sweep_gradient(fnn, case.rule, params, X, y, w)
+    check_sweep(fnn, case.rule, params, X, y, w)
 
 
 def test_sweep_of_one_example_has_no_batch_axis():
