@@ -70,6 +70,8 @@ def elu(alpha: float) -> Function:
     )
 
 
+DIGITS_OF_PROBABILITIES = 400  # 1 - p is wanted to 60 digits also where it is 10⁻³⁰⁸, float64's smallest
+
 RELU_LIKE = (0, math.inf), (0, 1)
 ACTIVATIONS = {
     "sigmoid": Function(logistic, lambda z: logistic(z) * logistic(-z), (0, 1), (0, 0)),
@@ -119,3 +121,37 @@ def finite_numbers(dtype: Any) -> np.ndarray:
         as_float64 = numbers.astype(np.float64)
     order = np.argsort(as_float64, kind="stable")
     return numbers[order][np.isfinite(as_float64[order])]
+
+
+class Loss(NamedTuple):
+    """The loss of one example, a sum of nothing negative, and its gradient with respect to z.
+
+    terms: for every ∂C/∂z_k the larger of the two terms whose difference it is
+    """
+
+    value: Real
+    gradient: list[Real]
+    terms: list[Real]
+
+
+def softmax_cross_entropy(z: list[Real], y: list[Real]) -> Loss:
+    """-Σ y_k log p_k and p_k Σ y_j - y_k; for y with a single 1, p - 1 is a sum of the other p_j."""
+    with mpmath.workdps(DIGITS_OF_PROBABILITIES):
+        log_sum = max(z) + mpmath.log(sum(exp(v - max(z)) for v in z))
+        value = sum(t * (log_sum - v) for t, v in zip(y, z, strict=True))
+        p, total = [exp(v - log_sum) for v in z], sum(y)
+        one_hot = sorted(y)[-2:] == [0, 1]
+        gradient = [q * total - t for q, t in zip(p, y, strict=True)]
+        terms = [abs(g) if one_hot else max(q * total, t) for g, q, t in zip(gradient, p, y, strict=True)]
+    return Loss(value, gradient, terms)
+
+
+def sigmoid_binary_cross_entropy(z: list[Real], y: list[Real]) -> Loss:
+    """Σ -y_k log σ(z_k) - (1 - y_k) log σ(-z_k) and σ(z_k) - y_k, which for y of 0 or 1 is σ or -σ(-z)."""
+    softplus, terms = ACTIVATIONS["softplus"].value, []
+    with mpmath.workdps(DIGITS_OF_PROBABILITIES):
+        value = sum(t * softplus(-v) + (1 - t) * softplus(v) for t, v in zip(y, z, strict=True))
+        gradient = [logistic(v) - t for t, v in zip(y, z, strict=True)]
+        for g, t, v in zip(gradient, y, z, strict=True):
+            terms.append(abs(g) if t in (0, 1) else max((1 - t) * logistic(v), t * logistic(-v)))
+    return Loss(value, gradient, terms)

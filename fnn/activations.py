@@ -33,6 +33,7 @@ from .elementary import (
     expm1,
     expm1_series,
     gaussian,
+    largest,
     product,
     rounded,
     rounded_once,
@@ -253,7 +254,7 @@ def silu_pullback(z: Z, a_bar: Z):
     root, rest = constant(SILU_ROOT, t.dtype)
     d = root - t
     e_root = float(SILU_ROOT_EXP)
-    n = d + jnp.where(jnp.abs(d) < 0.6, e_root * expm1_series(d), e - e_root) + rest * (1 + e)
+    n = d + jnp.where(jnp.abs(d) < 0.25, e_root * expm1_series(d, 0.25), e - e_root) + rest * (1 + e)
     return (a_bar * _of_both_signs(z, m * n / (1 + e * (2 + e)) * scale),)
 
 
@@ -269,8 +270,8 @@ def gelu_forward(z: Z):
 
     = max(0, z) - t Φ(-t),  t = |z|,  Φ(-t) = M(t) exp(-t²/2)
 
-    M(t) = exp(t²/2) erfc(t/√2) / 2 falls smoothly from ½ like 1/(t√2π): a series for (t + 1.75) M(t).
-    (1.75 makes the leading coefficients all but exact in float64; with 2 their rounding gave the sum a bias.)
+    M(t) = exp(t²/2) erfc(t/√2) / 2 falls smoothly from ½ like 1/(t√2π): a series for (t + 1.15625) M(t).
+    (With this number the leading coefficients all but need no rounding; with 2 the sum had a bias of 1 ulp.)
 
     σ′ = Φ(z) + z φ(z),  φ(z) = Φ′(z) = exp(-z²/2) / √(2π); so, for t ≥ 0,
     σ′(-t) = (M(t) - t/√2π) exp(-t²/2) = -(t - t₀) K(t) exp(-t²/2),  and σ′(t) = 1 - σ′(-t),
@@ -285,7 +286,7 @@ def gelu_forward(z: Z):
     """
     t = jnp.minimum(_magnitude(z), 40)  # exp(-40²/2) is 0 in every dtype
     m, scale = gaussian(t)
-    M = chebyshev(GELU_M, t) / (t + 1.75)
+    M = chebyshev(GELU_M, t) / (t + 1.15625)
     return jnp.where(z < 0, 0, z) - t * M * m * scale, z
 
 
@@ -299,33 +300,33 @@ def gelu_pullback(z: Z, a_bar: Z):
 
 
 GELU_ROOT = "0.751791524693564457457904946779524039664"
-# Chebyshev coefficients of (t + 1.75) M(t) and of K(t); `tests/test_elementary.py` makes them again.
+# Chebyshev coefficients of (t + 1.15625) M(t) and of K(t); `tests/test_elementary.py` makes them again.
 GELU_M = (
-    0.5787910656451791,
-    -0.23015695813777723,
-    0.05922901968777155,
-    -0.008909553713219562,
-    -0.0006935309830189613,
-    0.0009622099082604689,
-    -0.00034633877930536185,
-    7.548877022302253e-05,
-    -9.307394815506866e-06,
-    -1.6085979858305926e-08,
-    2.3491211049021201e-07,
-    -3.1720211084362106e-08,
-    -2.878749254047883e-09,
-    1.2167481315785155e-09,
-    -1.0742483333810035e-11,
-    -3.8533713149053086e-11,
-    2.404020029461722e-12,
-    1.2491460864315631e-12,
-    -1.220952673964124e-13,
-    -4.471522791368581e-14,
-    4.988120674928266e-15,
-    1.8006347286157437e-15,
-    -1.7956012406218587e-16,
-    -7.986909693965389e-17,
-    5.216984626936921e-18,
+    0.4863110565665593,
+    -0.09953848484134276,
+    0.008017843746552624,
+    0.007878333887483647,
+    -0.005267260013061037,
+    0.0019743760194675885,
+    -0.0005185449611818983,
+    9.476707320295903e-05,
+    -9.736573170738988e-06,
+    -3.225903725865601e-07,
+    2.856673262791128e-07,
+    -3.061227073441438e-08,
+    -4.255391451453789e-09,
+    1.3062703280758206e-09,
+    2.1569320831023682e-11,
+    -4.309832389985418e-11,
+    1.6091595302767957e-12,
+    1.4254895327954874e-12,
+    -9.926697623431177e-14,
+    -5.12318984038038e-14,
+    4.172757635354882e-15,
+    2.0414492276961994e-15,
+    -1.439406693320668e-16,
+    -8.86621799355199e-17,
+    3.454432672310461e-18,
 )
 GELU_K = (
     0.48907062712404814,
@@ -386,16 +387,18 @@ def gelu_tanh_forward(z: Z):
 def gelu_tanh_pullback(z: Z, a_bar: Z):
     t = jnp.minimum(_magnitude(z), 30)
     w, low = _cubic(t, GELU_ALPHA, GELU_BETA)
-    m, scale = scaled_exp(-w, -low)
+    m, scale = scaled_exp(-w)
     e = m * scale
-    t_w_slope, low = _cubic(t, GELU_ALPHA, GELU_3BETA)
-
     alpha, beta, e_root = float(GELU_ALPHA), float(GELU_BETA), float(GELU_TANH_ROOT_EXP)
     root, rest = constant(GELU_TANH_ROOT, t.dtype)
-    d, S = root - t, t * t + t * root + root**2
-    near = d * (alpha + 3 * beta * S) + e_root * expm1_series(d * (alpha + beta * S))
-    near = near + rest * (alpha + 9 * beta * t * t + e * (alpha + 3 * beta * t * t))  # t₀ = root + rest
-    n = jnp.where(jnp.abs(d) < 0.25, near, 1 - t_w_slope + (e - low))
+    d, S = root - t, t * (t + root) + root**2
+    near = d * (alpha + 3 * beta * S) + e_root * expm1_series(d * (alpha + beta * S), 0.7)
+    near_rest = rest * (alpha + 9 * beta * t * t + e * (alpha + 3 * beta * t * t))  # t₀ = root + rest
+    t_w_slope, t_w_low = _cubic(t, GELU_ALPHA, GELU_3BETA)
+    far, far_rest = 1 - t_w_slope, e - t_w_low
+    is_near = jnp.abs(d) < 0.37
+    n, n_rest = jnp.where(is_near, near, far), jnp.where(is_near, near_rest, far_rest)
+    n = n + (n_rest - n * low)  # what exp(-w) lacks
     return (a_bar * _of_both_signs(z, m * n / (1 + e * (2 + e)) * scale),)
 
 
@@ -430,15 +433,16 @@ def softmax_forward(z: Z):
     >>> print(fnn.softmax(jnp.array([0.0, 1.0, 2.0])))
     [0.09   0.2447 0.6652]
     """
-    top, _, e = shifted_exponentials(z)
-    return e / (e + sum_of_others(e, top)), z
+    _, e = shifted_exponentials(z)
+    return e / (e + sum_of_others(e)), z
 
 
 @rounded_once
 def softmax_pullback(z: Z, a_bar: Z):
-    top, _, e = shifted_exponentials(z)
-    a = e / (e + sum_of_others(e, top))
-    a_bar = a_bar - jnp.sum(a_bar, axis=-1, keepdims=True, where=top)
+    _, e = shifted_exponentials(z)
+    a = e / (e + sum_of_others(e))
+    top, n, _ = largest(e)
+    a_bar = a_bar - jnp.sum(a_bar, axis=-1, keepdims=True, where=top) / jnp.maximum(n, 1)
     return (a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True)),)
 
 

@@ -14,7 +14,7 @@ rounds to 0, and so do these.
 
 from collections.abc import Callable
 from fractions import Fraction
-from functools import wraps
+from functools import cache, wraps
 from math import exp, factorial, floor, frexp, log
 from typing import Any, TypeVar
 
@@ -73,13 +73,14 @@ def expm1(x: Array) -> Array:
 
     Beyond |x| = log 2 exp(x) is below ½ or above 2, and the difference keeps its digits.
     """
-    return jnp.where(jnp.abs(x) < log(2), expm1_series(x), jnp.exp(x) - 1)
+    return jnp.where(jnp.abs(x) < log(2), expm1_series(x, log(2)), jnp.exp(x) - 1)
 
 
-def expm1_series(x: Array) -> Array:
-    """exp(x) - 1 within |x| < log 2, by its Taylor polynomial x + x²/2! + x³/3! + ..."""
-    terms = 17 if x.dtype == jnp.float64 else 10  # (log 2)^(n-1) / n! < ¼ eps
-    x = jnp.clip(x, -log(2), log(2))  # what is beyond is not used, and must not overflow
+def expm1_series(x: Array, bound: float) -> Array:
+    """exp(x) - 1 within |x| < bound, by its Taylor polynomial x + x²/2! + x³/3! + ..."""
+    eps = float(jnp.finfo(x.dtype).eps)
+    terms = next(n for n in range(2, 30) if bound**n / factorial(n + 1) < eps / 4)
+    x = jnp.clip(x, -bound, bound)  # what is beyond is not used, and must not overflow
     series = jnp.full_like(x, 1 / factorial(terms))
     for n in reversed(range(2, terms)):
         series = series * x + 1 / factorial(n)
@@ -90,12 +91,15 @@ def scaled_exp(x: Array, low: Number = 0.0) -> tuple[Array, Array]:
     """(m, scale) with exp(x + low) = m·scale, for |low| not above the rounding of x.
 
     Multiply what is to be multiplied by m first, and by scale last: near the smallest number of the dtype
-    exp(x) is 0 while t·exp(x) is not. There m = exp(x + 32), whose argument is exact since it has the digits
-    of x and is smaller. exp(x + low) = exp(x) (1 + low), as low² is below the rounding.
+    exp(x) is 0 while t·exp(x) is not. There m = exp(x + shift), whose argument is exact since it has the
+    digits of x and is smaller. exp(x + low) = exp(x) (1 + low), as low² is below the rounding; m·low needs
+    room above the smallest number as well.
     """
-    far = x < floor(log(jnp.finfo(x.dtype).tiny)) + 8
-    m = jnp.exp(jnp.where(far, x + 32, x))
-    return m + m * low, jnp.where(far, jnp.asarray(exp(-32), x.dtype), 1)
+    info = jnp.finfo(x.dtype)
+    shift = 64 if x.dtype == jnp.float64 else 32
+    far = x < floor(log(info.tiny / info.eps)) + 2
+    m = jnp.exp(jnp.where(far, x + shift, x))
+    return m + m * low, jnp.where(far, jnp.asarray(exp(-shift), x.dtype), 1)
 
 
 def difference(z: Array, m: Number) -> tuple[Array, Array]:
@@ -110,9 +114,14 @@ def difference(z: Array, m: Number) -> tuple[Array, Array]:
 
 
 def split(x: Array) -> tuple[Array, Array]:
-    """x = high + low, exactly; high is x rounded to half of its digits."""
+    """x = high + low, exactly; high is x cut off after half of its digits.
+
+    Its bits are cut, as for float32 x ⋅ 4097 - (x ⋅ 4097 - x) is not safe: XLA may fuse it.
+    """
     info = jnp.finfo(x.dtype)
-    high = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=(info.nmant - 1) // 2)
+    integer = jnp.uint64 if info.bits == 64 else jnp.uint32
+    kept = integer(2**info.bits - 2 ** (info.nmant - (info.nmant - 1) // 2))
+    high = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, integer) & kept, x.dtype)
     return high, x - high
 
 
@@ -161,7 +170,7 @@ def gaussian(t: Array) -> tuple[Array, Array]:
 
 
 def chebyshev(coefficients: tuple[float, ...], t: Array) -> Array:
-    """Σ_k c_k T_k(u) at u = (t - 5)/(t + 5), which maps 0 ≤ t < ∞ to -1 ≤ u < 1, by Clenshaw's recursion.
+    """Σ_k c_k T_k(u) at u = (t - 5)/(t + 5), which maps 0 ≤ t < ∞ to -1 ≤ u < 1.
 
     A function that is smooth on the whole half-line becomes a short series in u: Shepherd & Laframboise
     (1981), who had exp(x²) erfc(x) in mind. float32 needs the terms above 2·10⁻⁹ alone.
@@ -169,36 +178,54 @@ def chebyshev(coefficients: tuple[float, ...], t: Array) -> Array:
     if t.dtype != jnp.float64:
         coefficients = tuple(c for c in coefficients if abs(c) > 2e-9)
     u = (t - 5) / (t + 5)
-    b, b_after = jnp.zeros_like(t), jnp.zeros_like(t)
-    for c in reversed(coefficients[1:]):
-        b, b_after = c + (2 * u * b - b_after), b
-    return coefficients[0] + (u * b - b_after)
+    first, *others = reversed(powers(coefficients))
+    total = jnp.full_like(t, first)
+    for p in others:  # Horner's scheme: one fused multiply-add each
+        total = total * u + p
+    return total
 
 
-def largest(v: Array) -> Array:
-    """Which v_k is the largest over the last axis, as booleans; the first of equal ones."""
-    k = jax.lax.broadcasted_iota(jnp.int32, v.shape, v.ndim - 1)
-    return k == jnp.argmax(v, axis=-1, keepdims=True).astype(jnp.int32)
+@cache
+def powers(coefficients: tuple[float, ...]) -> tuple[float, ...]:
+    """The same polynomial in powers of u: p_k with Σ c_k T_k(u) = Σ p_k u^k, rounded once.
 
-
-def shifted_exponentials(Z: Array) -> tuple[Array, Array, Array]:
-    """(top, d, e): which z_k is the largest, d_k = z_k - z_top as rounded, and e_k = exp(z_k - z_top) ≤ 1
-    without that rounding.
-
-    The largest is known by its place. Its d need not be exactly 0: where z is a product, XLA may compute it
-    once rounded and once within a fused multiply-add.
+    T_{k+1}(u) = 2u T_k(u) - T_{k-1}(u). For the series here Σ |p_k| is no more than 2.3 times the sum itself.
     """
-    top = largest(Z)
-    d, low = difference(Z, jnp.broadcast_to(jnp.sum(Z, axis=-1, keepdims=True, where=top), Z.shape))
-    e = jnp.exp(d)
-    return top, d, e + e * low
+    p = [Fraction(0)] * len(coefficients)
+    before, now = [0, 1], [1]  # T_{-1} = u and T_0 = 1
+    for c in coefficients:
+        for k, factor in enumerate(now):
+            p[k] += Fraction(c) * factor
+        doubled = [0, *(2 * factor for factor in now)]
+        before = [*before, *[0] * (len(doubled) - len(before))]
+        before, now = now, [a - b for a, b in zip(doubled, before, strict=True)]
+    return tuple(map(float, p))
 
 
-def sum_of_others(v: Array, top: Array) -> Array:
-    """Σ_{j≠k} v_j for every k, over the last axis, for v ≥ 0 of which `top` says the largest.
+def largest(v: Array) -> tuple[Array, Array, Array]:
+    """(top, n, rest) over the last axis: which v_k are the largest, how many, and the sum of all others.
+
+    There may be none: where v is a product, XLA may compute it once rounded and once within a fused
+    multiply-add, and no v_k is its own maximum. Then all are summed, and what follows is right to rounding.
+    """
+    top = v >= jnp.max(v, axis=-1, keepdims=True)
+    n = jnp.sum(top.astype(v.dtype), axis=-1, keepdims=True)
+    return top, n, jnp.sum(v, axis=-1, keepdims=True, where=~top)
+
+
+def sum_of_others(v: Array) -> Array:
+    """Σ_{j≠k} v_j for every k, over the last axis, for v ≥ 0.
 
     The sum of all minus v_k would lose the others where v_k is nearly all of it. Only the largest can be, and
     its others are summed without it. For softmax, 1 - p_k = Σ_{j≠k} p_j.
     """
-    rest = jnp.sum(v, axis=-1, keepdims=True, where=~top)
-    return jnp.where(top, rest, rest + jnp.sum(v, axis=-1, keepdims=True, where=top) - v)
+    top, n, rest = largest(v)
+    v_top = jnp.max(v, axis=-1, keepdims=True)
+    return jnp.where(top, rest + (n - 1) * v_top, rest + n * v_top - v)
+
+
+def shifted_exponentials(Z: Array) -> tuple[Array, Array]:
+    """(d, e): d_k = z_k - max z over the last axis, rounded, and e_k = exp(z_k - max z) ≤ 1 without that."""
+    d, low = difference(Z, jnp.broadcast_to(jnp.max(Z, axis=-1, keepdims=True), Z.shape))
+    m, scale = scaled_exp(d, low)
+    return d, m * scale

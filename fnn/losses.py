@@ -52,7 +52,7 @@ def softmax_cross_entropy_pullback(
 ):
     Z, y = residuals
     p, others = _softmax_and_others(Z)
-    Z_bar = C_bar[..., None] * (p * sum_of_others(y, largest(y)) - y * others)
+    Z_bar = C_bar[..., None] * (p * sum_of_others(y) - y * others)
     return Z_bar, C_bar[..., None] * -_log_softmax(Z)
 
 
@@ -338,14 +338,15 @@ binary_cross_entropy = Rule(binary_cross_entropy_forward, binary_cross_entropy_p
 
 
 def _log_softmax(Z: Array) -> Array:
-    top, d, e = shifted_exponentials(Z)
-    return d - jnp.log1p(jnp.sum(e, axis=-1, keepdims=True, where=~top))  # the largest e is 1
+    d, e = shifted_exponentials(Z)
+    _, n, rest = largest(e)
+    return d - jnp.log1p(rest + (n - 1))  # the largest e are 1
 
 
 def _softmax_and_others(Z: Array) -> tuple[Array, Array]:
     """p_k, and 1 - p_k = Σ_{j≠k} p_j."""
-    top, _, e = shifted_exponentials(Z)
-    others = sum_of_others(e, top)
+    _, e = shifted_exponentials(Z)
+    others = sum_of_others(e)
     return e / (e + others), others / (e + others)
 
 

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 
 import fnn
-from experiments.exact import ACTIVATIONS, exactly, finite_numbers, nearest, ulps
+from experiments.exact import (
+    ACTIVATIONS,
+    exactly,
+    finite_numbers,
+    nearest,
+    sigmoid_binary_cross_entropy,
+    softmax_cross_entropy,
+    ulps,
+    unit,
+)
 from tests import correctly_rounded
 from tests.strategies import named
 
@@ -141,3 +150,55 @@ def test_nan_gives_nan_and_infinity_the_limit(dtype_name):
         for limits, (nan, *ours) in zip(ACTIVATIONS[name][2:], np.asarray(results, float), strict=True):
             assert math.isnan(nan), name
             assert ours == [float(jnp.asarray(limit, dtype_name)) for limit in limits], name
+
+
+def logits_and_labels(dtype, K):
+    """Logits 1e-6 to 1e4 apart, around 0 and elsewhere, each with a label for every place and a soft one."""
+    rng = np.random.default_rng(K)
+    Z, Y = [], []
+    for gap in 10.0 ** np.arange(-6, 5):
+        for center in (0.0, 3.7, -120.0):
+            z = center + gap * np.concatenate([[0], rng.permutation([1, *rng.uniform(-1, 1, K - 2)])])
+            soft = rng.dirichlet(np.ones(K))
+            for y in (np.eye(K)[0], np.eye(K)[K - 1], soft):
+                Z.append(z)
+                Y.append(y)
+    Z.append(np.zeros(K))  # all equal
+    Y.append(np.eye(K)[1])
+    return np.array(Z).astype(dtype), np.array(Y).astype(dtype)
+
+
+@pytest.mark.parametrize("K", (2, 10))
+@pytest.mark.parametrize("dtype_name", [*WIDE, *NARROW])
+def test_losses_on_logits_are_right_to_4_ulp_of_their_largest_term(dtype_name, K):
+    """Small components of the gradient too: with a label of one class, every one to 4 ulp of itself.
+
+    In 16 bits all of them to half a unit.
+    """
+    allowed = 4 if dtype_name in WIDE else 0.5 + 4 * 2**-13
+    dtype = (WIDE | NARROW)[dtype_name]
+    Z, Y = logits_and_labels(dtype, K)
+    flushed = smallest_normal(dtype) if dtype_name != "float16" else 0  # float32 has its subnormal numbers
+
+    @jax.jit
+    def evaluate(Z, Y):
+        results = []
+        for loss, y in (
+            (fnn.softmax_cross_entropy, Y),
+            (fnn.softmax_cross_entropy_with_integer_labels, jnp.argmax(Y, axis=1)),
+            (fnn.sigmoid_binary_cross_entropy, Y),
+        ):
+            C, residuals = loss.forward(Z, y)
+            results.append((C, loss.pullback(residuals, jnp.ones_like(C))[0]))
+        return results
+
+    exact_losses = (softmax_cross_entropy, softmax_cross_entropy, sigmoid_binary_cross_entropy)
+    for i, ((C, gradient), truth_of) in enumerate(zip(evaluate(Z, Y), exact_losses, strict=True)):
+        for z, y, *ours in zip(Z, Y, np.asarray(C), np.asarray(gradient), strict=True):
+            if i == 1 and y.max() < 1:  # no class number
+                continue
+            truth = truth_of([exactly(v) for v in z], [exactly(v) for v in y])
+            numbers = (ours[0], *ours[1]), (truth.value, *truth.gradient), (truth.value, *truth.terms)
+            for mine, right, term in zip(*numbers, strict=True):
+                error = abs(exactly(mine) - right)
+                assert error <= max(allowed * unit(term, dtype), flushed), (i, z, y)
