@@ -98,8 +98,7 @@ def tanh_forward(z: Z):
     [-0.7616  0.      0.7616]
     """
     m = expm1(-2 * _magnitude(z))
-    a = -m / (2 + m)
-    return jnp.where(z < 0, -a, a), z
+    return jnp.where(z < 0, m, -m) / (2 + m), z
 
 
 @rounded_once
@@ -378,7 +377,7 @@ def gelu_tanh_forward(z: Z):
     [-0.1588  0.      0.8412]
     """
     t = jnp.minimum(_magnitude(z), 30)
-    w, low = _cubic(t, GELU_ALPHA, GELU_BETA)
+    (w, low), _ = _gelu_tanh_argument(t)
     m, scale = scaled_exp(-w, -low)
     return jnp.where(z < 0, 0, z) - t * m / (1 + m * scale) * scale, z
 
@@ -386,33 +385,31 @@ def gelu_tanh_forward(z: Z):
 @rounded_once
 def gelu_tanh_pullback(z: Z, a_bar: Z):
     t = jnp.minimum(_magnitude(z), 30)
-    w, low = _cubic(t, GELU_ALPHA, GELU_BETA)
+    (w, w_low), (cube, cube_low) = _gelu_tanh_argument(t)
     m, scale = scaled_exp(-w)
     e = m * scale
+    far, far_low = rounded((w, 2 * cube))  # t w′ = w + 2β t³
+    far, far_rest = 1 - far, e - (far_low + w_low + 2 * cube_low)
     alpha, beta, e_root = float(GELU_ALPHA), float(GELU_BETA), float(GELU_TANH_ROOT_EXP)
-    root, rest = constant(GELU_TANH_ROOT, t.dtype)
+    root, rest = constant(GELU_TANH_ROOT, t.dtype)  # t₀ = root + rest
     d, S = root - t, t * (t + root) + root**2
-    near = d * (alpha + 3 * beta * S) + e_root * expm1_series(d * (alpha + beta * S), 0.7)
-    near_rest = rest * (alpha + 9 * beta * t * t + e * (alpha + 3 * beta * t * t))  # t₀ = root + rest
-    t_w_slope, t_w_low = _cubic(t, GELU_ALPHA, GELU_3BETA)
-    far, far_rest = 1 - t_w_slope, e - t_w_low
-    is_near = jnp.abs(d) < 0.37
+    near = d * (alpha + 3 * beta * S) + e_root * expm1_series(d * (alpha + beta * S), 0.3)
+    near_rest = rest * (alpha + 9 * beta * t * t + e * (alpha + 3 * beta * t * t))
+    is_near = jnp.abs(d) < 0.15
     n, n_rest = jnp.where(is_near, near, far), jnp.where(is_near, near_rest, far_rest)
-    n = n + (n_rest - n * low)  # what exp(-w) lacks
+    n = n + (n_rest - n * w_low)  # exp(-w_low) = 1 - w_low is missing in m
     return (a_bar * _of_both_signs(z, m * n / (1 + e * (2 + e)) * scale),)
 
 
-def _cubic(t: Array, alpha: str, beta: str) -> tuple[Array, Array]:
-    """α t + β t³ as a rounded number and the rest."""
+def _gelu_tanh_argument(t: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """w = α t + β t³ as a rounded number and the rest, and β t³ in two parts."""
     parts = split(t)
-    cubed = product(product(parts, parts), constant_parts(beta, t.dtype))
-    slope = total(cubed, constant_parts(alpha, t.dtype))
-    return rounded(product(parts, slope))
+    cube = product(parts, product(product(parts, parts), constant_parts(GELU_BETA, t.dtype)))
+    return rounded(total(cube, product(parts, constant_parts(GELU_ALPHA, t.dtype)))), cube
 
 
 GELU_ALPHA = "1.595769121605730711759784239737527473903"  # √(8/π)
 GELU_BETA = "0.071354816272600248776338752279863540996"  # 0.044715 √(8/π)
-GELU_3BETA = "0.2140644488178007463290162568395906229868"
 GELU_TANH_ROOT = "0.7524614220710162584879544432889160906054"
 GELU_TANH_ROOT_EXP = "0.2919552119147671345949768332781258058422"
 

@@ -114,7 +114,6 @@ def test_constants_of_the_activations_are_what_their_definitions_say():
     for digits, truth in (
         (activations.GELU_ALPHA, alpha),
         (activations.GELU_BETA, beta),
-        (activations.GELU_3BETA, 3 * beta),
         (activations.SILU_ROOT, silu),
         (activations.SILU_ROOT_EXP, mpmath.exp(-silu)),
         (activations.GELU_ROOT, gelu),
