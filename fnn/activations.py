@@ -438,7 +438,7 @@ def softmax_forward(z: Z):
 def softmax_pullback(z: Z, a_bar: Z):
     _, e = shifted_exponentials(z)
     a = e / (e + sum_of_others(e))
-    top, n, _ = largest(e)
+    top, n, _ = largest(e)  # the largest e are 1, and their sum their number
     a_bar = a_bar - jnp.sum(a_bar, axis=-1, keepdims=True, where=top) / jnp.maximum(n, 1)
     return (a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True)),)
 

@@ -203,25 +203,24 @@ def powers(coefficients: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def largest(v: Array) -> tuple[Array, Array, Array]:
-    """(top, n, rest) over the last axis: which v_k are the largest, how many, and the sum of all others.
+    """(top, top_sum, rest) over the last axis: which v_k are the largest, their sum, and that of all others.
 
     There may be none: where v is a product, XLA may compute it once rounded and once within a fused
     multiply-add, and no v_k is its own maximum. Then all are summed, and what follows is right to rounding.
     """
     top = v >= jnp.max(v, axis=-1, keepdims=True)
-    n = jnp.sum(top.astype(v.dtype), axis=-1, keepdims=True)
-    return top, n, jnp.sum(v, axis=-1, keepdims=True, where=~top)
+    top_sum, rest = (jnp.sum(v, axis=-1, keepdims=True, where=part) for part in (top, ~top))
+    return top, top_sum, rest
 
 
 def sum_of_others(v: Array) -> Array:
     """Σ_{j≠k} v_j for every k, over the last axis, for v ≥ 0.
 
     The sum of all minus v_k would lose the others where v_k is nearly all of it. Only the largest can be, and
-    its others are summed without it. For softmax, 1 - p_k = Σ_{j≠k} p_j.
+    of their sum it is subtracted first. For softmax, 1 - p_k = Σ_{j≠k} p_j.
     """
-    top, n, rest = largest(v)
-    v_top = jnp.max(v, axis=-1, keepdims=True)
-    return jnp.where(top, rest + (n - 1) * v_top, rest + n * v_top - v)
+    _, top_sum, rest = largest(v)
+    return rest + (top_sum - v)
 
 
 def shifted_exponentials(Z: Array) -> tuple[Array, Array]:

@@ -339,8 +339,8 @@ binary_cross_entropy = Rule(binary_cross_entropy_forward, binary_cross_entropy_p
 
 def _log_softmax(Z: Array) -> Array:
     d, e = shifted_exponentials(Z)
-    _, n, rest = largest(e)
-    return d - jnp.log1p(rest + (n - 1))  # the largest e are 1
+    _, top_sum, rest = largest(e)
+    return d - jnp.log1p(rest + (top_sum - 1))  # log Σ e, of which the largest is 1
 
 
 def _softmax_and_others(Z: Array) -> tuple[Array, Array]:

@@ -161,13 +161,13 @@ def test_sum_of_others_keeps_the_small_ones(dtype):
     others = jax.jit(elementary.sum_of_others)(v)
     exact = np.asarray(v, float).sum(axis=1, keepdims=True) - np.asarray(v, float)
     np.testing.assert_allclose(np.asarray(others, float), exact, rtol=float(jnp.finfo(dtype).eps))
-    top, n, rest = elementary.largest(v)
+    top, top_sum, rest = elementary.largest(v)
     assert np.asarray(top).tolist() == [
         [True, False, False, False],
         [True, True, False, False],
         [True, False, False, False],
     ]
-    assert np.asarray(n, float).tolist() == [[1], [2], [1]]
+    assert np.asarray(top_sum, float).tolist() == [[1], [1], [1]]
     np.testing.assert_allclose(np.asarray(rest, float), [[3 * 2**-13], [0.25], [0]])
 
 
