@@ -45,7 +45,16 @@ def test_docstring_examples_print_what_they_say(name):
     for test in examples:
         runner.run(test, out=report.write)
     assert runner.failures == 0, report.getvalue()
-    if name in ("fnn.activations", "fnn.losses", "fnn.network", "fnn.sweep", "fnn.params", "fnn.train"):
+    if name in (
+        "fnn.activations",
+        "fnn.losses",
+        "fnn.network",
+        "fnn.sweep",
+        "fnn.params",
+        "fnn.train",
+        "fnn.reductions",
+        "fnn.curvature",
+    ):
         assert len(examples) >= 2, "the finder found the module's examples"
 
 

@@ -143,6 +143,44 @@ def tail(fnn):
     np.testing.assert_allclose(fnn.sigmoid.pullback(residuals, value)[0], np.exp(-40.0), rtol=1e-12)
 
 
+def last_bits(fnn):
+    """Tails of float32 values, a slope next to its root: what 4 ulp decide."""
+
+    def slope(rule, z):
+        value, residuals = rule.forward(z)
+        return rule.pullback(residuals, jnp.ones_like(value))[0]
+
+    for z, expected in ((-12.0, -2.1317785e-32), (-9.3, -6.5307128e-20)):  # z Φ(z)
+        np.testing.assert_allclose(fnn.gelu.forward(jnp.float32(z))[0], expected, rtol=5e-7)
+    np.testing.assert_allclose(slope(fnn.silu, jnp.float32(-1.2784646)), -2.8270397e-9, rtol=1e-6)
+
+
+def sixteen_bits(fnn):
+    """tanh′ to half a unit of float16, where three operations in float16 would lose more."""
+    z = np.linspace(0.5, 4, 200).astype("float16")
+    value, residuals = fnn.tanh.forward(jnp.asarray(z))
+    slopes = fnn.tanh.pullback(residuals, jnp.ones_like(value))[0]
+    np.testing.assert_array_equal(slopes, (1 / np.cosh(z.astype(float)) ** 2).astype("float16"))
+
+
+def small_components(fnn):
+    """∂C/∂z = p - 1 of the label is -exp(-40), where p is 1."""
+    loss = fnn.softmax_cross_entropy_with_integer_labels
+    C, residuals = loss.forward(jnp.array([[40.0, 0.0]]), jnp.array([0]))
+    np.testing.assert_allclose(
+        loss.pullback(residuals, jnp.ones_like(C))[0], np.exp(-40.0) * np.array([[-1, 1]])
+    )
+
+
+def many_examples(fnn):
+    """In float16 an error of 1e-4 divided by N = 4096 is half of the smallest number."""
+    params = (fnn.Layer(jnp.zeros((1, 1), "float16")),)
+    cost = fnn.cost(fnn.mlp([]), fnn.half_squared_error)
+    X, y = jnp.ones((4096, 1), "float16"), jnp.full((4096, 1), 1e-4, "float16")
+    _, gradient = fnn.value_and_grad(cost)(params, X, y)
+    np.testing.assert_allclose(np.asarray(gradient[0].W, float), -1e-4, rtol=1e-3)
+
+
 def gradient(fnn):
     case = network_case(fnn, PLAIN)
     one = case.draw_one()
@@ -174,11 +212,11 @@ class Fault:
     caught_by: Callable
 
 
-A, L, N, S, R, T, P, G, H, J = (
+A, L, N, S, R, T, P, G, H, J, E = (
     f"{name}.py"
     for name in (
         *("activations", "losses", "network", "sweep", "rules", "train", "params"),
-        *("gates", "graphs", "chain_rule"),
+        *("gates", "graphs", "chain_rule", "elementary"),
     )
 )
 FAULTS = [
@@ -192,14 +230,18 @@ FAULTS = [
     Fault("leaky slope has the wrong sign", A, "jnp.where(z >= 0, 1, slope))", "jnp.where(z >= 0, 1, -slope))", rule("leaky_relu(0.3)")),
     Fault("elu′ forgets alpha", A, "alpha * m * scale", "m * scale", rule("elu(0.7)")),
     Fault("softplus′ mirrored", A, "(jnp.where(z < 0, e, 1) / (1 + e)),)", "(jnp.where(z < 0, 1, e) / (1 + e)),)", rule("softplus")),
-    Fault("silu′ without the product rule", A, "n = d + jnp.where(jnp.abs(d) < 0.6, e_root * expm1_series(d), e - e_root) + rest * (1 + e)", "n = 1 + e", rule("silu")),
+    Fault("silu′ without the product rule", A, "n = d + jnp.where(jnp.abs(d) < 0.25, e_root * expm1_series(d, 0.25), e - e_root) + rest * (1 + e)", "n = 1 + e", rule("silu")),
     Fault("gelu′ without z φ(z)", A, "((root - t) * K + rest * K)", "(chebyshev(GELU_M, t) / (t + 1.75))", rule("gelu")),
-    Fault("gelu′ of the tanh form, z³ not differentiated", A, "_cubic(t, GELU_ALPHA, GELU_3BETA)", "_cubic(t, GELU_ALPHA, GELU_BETA)", rule("gelu_tanh")),
+    Fault("gelu′ of the tanh form, z³ not differentiated", A, "far, far_low = rounded((w, 2 * cube))", "far, far_low = w, w_low", rule("gelu_tanh")),
     Fault("gelu′ off by a factor of 1.001", A, "((root - t) * K + rest * K)", "1.001 * ((root - t) * K + rest * K)", rule("gelu")),
     Fault("softmax Jacobian's diagonal only", A, "a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True))", "a_bar * a * (1 - a)", rule("softmax")),
     Fault("softmax sums over the batch", A, "a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True))", "a * (a_bar - jnp.sum(a_bar * a, axis=0, keepdims=True))", rule("softmax")),
+    Fault("16 bits evaluated in 16 bits", E, "wide = jax.tree.map(widened, arguments)", "wide = arguments", sixteen_bits),
+    Fault("the square's low part forgotten", E, "scaled_exp(-square / 2, -low / 2)", "scaled_exp(-square / 2)", last_bits),
+    Fault("silu's root not taken out", A, "e_root * expm1_series(d, 0.25), e - e_root", "e - e_root, e - e_root", last_bits),
     # Losses
-    Fault("cross-entropy takes Σy for 1", L, "(p * sum_of_others(y, largest(y)) - y * others)", "(p - y)", rule("softmax_cross_entropy")),
+    Fault("1 - p_y as a difference", E, "rest + (top_sum - v)", "rest + top_sum - v", small_components),
+    Fault("cross-entropy takes Σy for 1", L, "(p * sum_of_others(y) - y * others)", "(p - y)", rule("softmax_cross_entropy")),
     Fault("cross-entropy has p + e_y", L, "jnp.where(is_label, -others, p)", "jnp.where(is_label, 1 + p, p)", rule("softmax_cross_entropy_with_integer_labels")),
     Fault("labels off by one", L, "== y.astype(dtype)[..., None]", "== (y.astype(dtype) + 1)[..., None]", rule("softmax_cross_entropy_with_integer_labels")),
     Fault("labels' adjoint has the wrong sign", L, "C_bar[..., None] * -Z", "C_bar[..., None] * Z", rule("sigmoid_binary_cross_entropy")),
@@ -217,6 +259,7 @@ FAULTS = [
     Fault("gradient with respect to X forgotten", N, "return params_bar, scaled(", "return params_bar, 0 * scaled(", cost()),
     Fault("1/N dropped", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1.0)", cost()),
     Fault("1/N twice", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1 / N**2)", cost()),
+    Fault("1/N before the sums, in float16", N, "weight_unit(residuals.losses) if", "1.0 if", many_examples),
     Fault("sample weight not applied", N, "widened(C_bar) * residuals.weights,", "widened(C_bar) * jnp.full_like(residuals.weights, 1 / residuals.weights.size),", cost(WEIGHTED)),
     Fault("weighted mean divided by N on the way back", N, "w / total, ((L", "w / N, ((L", cost(WEIGHTED)),
     Fault("slope of a sample weight without the mean's", N, "(L - C) / total", "L / total", cost(WEIGHTED)),
