@@ -48,6 +48,15 @@ from .rules import Rule, finite_number
 Z = Float[Array, "*batch n"] | Float[Array, ""]  # a layer's inputs, or a single number
 
 
+# Called outside of compiled code, an activation is compiled as a whole: one by one, its operations would be
+# some forty programs. Inside it stands as if written there.
+def _compiled(function, **options):
+    return jax.jit(rounded_once(function), inline=True, **options)
+
+
+_compiled_with_parameter = partial(_compiled, static_argnums=0)
+
+
 def identity_forward(z: Z):
     """a = z: the output layer of a network whose loss takes logits, or of a regression."""
     return z, None
@@ -60,7 +69,7 @@ def identity_pullback(residuals: None, a_bar: Z):
 identity = Rule(identity_forward, identity_pullback)
 
 
-@rounded_once
+@_compiled
 def sigmoid_forward(z: Z):
     """σ(z) = 1 / (1 + exp(-z)), the logistic function.
 
@@ -76,7 +85,7 @@ def sigmoid_forward(z: Z):
     return jnp.where(z < 0, e, 1) / (1 + e), z
 
 
-@rounded_once
+@_compiled
 def sigmoid_pullback(z: Z, a_bar: Z):
     e = jnp.exp(-_magnitude(z))
     return (a_bar * (e / (1 + e * (2 + e))),)
@@ -85,7 +94,7 @@ def sigmoid_pullback(z: Z, a_bar: Z):
 sigmoid = Rule(sigmoid_forward, sigmoid_pullback)
 
 
-@rounded_once
+@_compiled
 def tanh_forward(z: Z):
     """tanh(z) = (exp(z) - exp(-z)) / (exp(z) + exp(-z)).
 
@@ -101,7 +110,7 @@ def tanh_forward(z: Z):
     return jnp.where(z < 0, m, -m) / (2 + m), z
 
 
-@rounded_once
+@_compiled
 def tanh_pullback(z: Z, a_bar: Z):
     m, scale = scaled_exp(-2 * _magnitude(z))
     e = m * scale
@@ -133,7 +142,7 @@ def relu_pullback(a: Z, a_bar: Z):
 relu = Rule(relu_forward, relu_pullback)
 
 
-@rounded_once
+@_compiled_with_parameter
 def leaky_relu_forward(slope: float, z: Z):
     """z for z ≥ 0, slope·z below.
 
@@ -143,7 +152,7 @@ def leaky_relu_forward(slope: float, z: Z):
     return jnp.where(z >= 0, z, slope * z), z
 
 
-@rounded_once
+@_compiled_with_parameter
 def leaky_relu_pullback(slope: float, z: Z, a_bar: Z):
     return (a_bar * jnp.where(jnp.isnan(z), z, jnp.where(z >= 0, 1, slope)),)
 
@@ -165,7 +174,7 @@ def leaky_relu(slope: float = 0.01) -> Rule:
     return _leaky_relu(finite_number("leaky_relu", "slope", slope))
 
 
-@rounded_once
+@_compiled_with_parameter
 def elu_forward(alpha: float, z: Z):
     """z for z > 0, alpha·(exp(z) - 1) below.
 
@@ -176,7 +185,7 @@ def elu_forward(alpha: float, z: Z):
     return jnp.where(z > 0, z, alpha * expm1(jnp.minimum(z, 0))), z
 
 
-@rounded_once
+@_compiled_with_parameter
 def elu_pullback(alpha: float, z: Z, a_bar: Z):
     # exp only where it is used: exp(1000) is inf, and the branch not taken must not meet it.
     m, scale = scaled_exp(jnp.minimum(z, 0))
@@ -200,7 +209,7 @@ def elu(alpha: float = 1.0) -> Rule:
     return _elu(finite_number("elu", "alpha", alpha))
 
 
-@rounded_once
+@_compiled
 def softplus_forward(z: Z):
     """log(1 + exp(z)) = max(0, z) + log(1 + exp(-|z|)), a smooth relu.
 
@@ -214,7 +223,7 @@ def softplus_forward(z: Z):
     return jnp.where(z < 0, 0, z) + jnp.log1p(jnp.exp(-_magnitude(z))), z
 
 
-@rounded_once
+@_compiled
 def softplus_pullback(z: Z, a_bar: Z):
     e = jnp.exp(-_magnitude(z))
     return (a_bar * (jnp.where(z < 0, e, 1) / (1 + e)),)
@@ -223,7 +232,7 @@ def softplus_pullback(z: Z, a_bar: Z):
 softplus = Rule(softplus_forward, softplus_pullback)
 
 
-@rounded_once
+@_compiled
 def silu_forward(z: Z):
     """z·s(z), s the logistic function; also called swish.
 
@@ -245,7 +254,7 @@ def silu_forward(z: Z):
     return jnp.where(z < 0, 0, z) - t * m / (1 + m * scale) * scale, z
 
 
-@rounded_once
+@_compiled
 def silu_pullback(z: Z, a_bar: Z):
     t = jnp.minimum(_magnitude(z), 1000)
     m, scale = scaled_exp(-t)
@@ -263,7 +272,7 @@ SILU_ROOT_EXP = "0.278464542761073795109358739022980155439"  # exp(-t₀) = t₀
 silu = Rule(silu_forward, silu_pullback)
 
 
-@rounded_once
+@_compiled
 def gelu_forward(z: Z):
     """z·Φ(z), Φ the distribution function of the unit normal: the exact (erf) form.
 
@@ -289,7 +298,7 @@ def gelu_forward(z: Z):
     return jnp.where(z < 0, 0, z) - t * M * m * scale, z
 
 
-@rounded_once
+@_compiled
 def gelu_pullback(z: Z, a_bar: Z):
     t = jnp.minimum(_magnitude(z), 40)
     m, scale = gaussian(t)
@@ -356,7 +365,7 @@ GELU_K = (
 gelu = Rule(gelu_forward, gelu_pullback)
 
 
-@rounded_once
+@_compiled
 def gelu_tanh_forward(z: Z):
     """z·(1 + tanh u)/2 with u = √(2/π)·(z + 0.044715 z³), an approximation of `gelu`.
 
@@ -382,7 +391,7 @@ def gelu_tanh_forward(z: Z):
     return jnp.where(z < 0, 0, z) - t * m / (1 + m * scale) * scale, z
 
 
-@rounded_once
+@_compiled
 def gelu_tanh_pullback(z: Z, a_bar: Z):
     t = jnp.minimum(_magnitude(z), 30)
     (w, w_low), (cube, cube_low) = _gelu_tanh_argument(t)
@@ -416,7 +425,7 @@ GELU_TANH_ROOT_EXP = "0.2919552119147671345949768332781258058422"
 gelu_tanh = Rule(gelu_tanh_forward, gelu_tanh_pullback)
 
 
-@rounded_once
+@_compiled
 def softmax_forward(z: Z):
     """a_k = exp(z_k) / Σ_j exp(z_j) over the last axis; unchanged by adding a constant to z.
 
@@ -434,7 +443,7 @@ def softmax_forward(z: Z):
     return e / (e + sum_of_others(e)), z
 
 
-@rounded_once
+@_compiled
 def softmax_pullback(z: Z, a_bar: Z):
     _, e = shifted_exponentials(z)
     a = e / (e + sum_of_others(e))

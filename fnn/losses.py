@@ -337,12 +337,14 @@ def binary_cross_entropy_pullback(
 binary_cross_entropy = Rule(binary_cross_entropy_forward, binary_cross_entropy_pullback)
 
 
+@partial(jax.jit, inline=True)
 def _log_softmax(Z: Array) -> Array:
     d, e = shifted_exponentials(Z)
     _, top_sum, rest = largest(e)
     return d - jnp.log1p(rest + (top_sum - 1))  # log Σ e, of which the largest is 1
 
 
+@partial(jax.jit, inline=True)
 def _softmax_and_others(Z: Array) -> tuple[Array, Array]:
     """p_k, and 1 - p_k = Σ_{j≠k} p_j."""
     _, e = shifted_exponentials(Z)
