@@ -116,7 +116,7 @@ def difference(z: Array, m: Number) -> tuple[Array, Array]:
 def split(x: Array) -> tuple[Array, Array]:
     """x = high + low, exactly; high is x cut off after half of its digits.
 
-    Its bits are cut, as for float32 x ⋅ 4097 - (x ⋅ 4097 - x) is not safe: XLA may fuse it.
+    By its bits, as Dekker's c·x - (c·x - x) is not safe: XLA may fuse a product and a difference.
     """
     info = jnp.finfo(x.dtype)
     integer = jnp.uint64 if info.bits == 64 else jnp.uint32
