@@ -279,7 +279,7 @@ def gelu_forward(z: Z):
     = max(0, z) - t Φ(-t),  t = |z|,  Φ(-t) = M(t) exp(-t²/2)
 
     M(t) = exp(t²/2) erfc(t/√2) / 2 falls smoothly from ½ like 1/(t√2π): a series for (t + 1.15625) M(t).
-    (With this number the leading coefficients all but need no rounding; with 2 the sum had a bias of 1 ulp.)
+    (With this number the leading coefficients all but need no rounding, which would bias the sum.)
 
     σ′ = Φ(z) + z φ(z),  φ(z) = Φ′(z) = exp(-z²/2) / √(2π); so, for t ≥ 0,
     σ′(-t) = (M(t) - t/√2π) exp(-t²/2) = -(t - t₀) K(t) exp(-t²/2),  and σ′(t) = 1 - σ′(-t),

@@ -7,9 +7,9 @@ A value computed in p digits can be wrong in all of them for three reasons, and 
 - a large argument of exp was rounded, |x|·eps too much or too little, and exp multiplies by that error:
   `scaled_exp` takes x in two parts, and `split`, `product`, `total` compute in two parts.
 
-Of XLA they use exp and log1p alone, which are right to 1.5 ulp on a CPU (its expm1, tanh and erfc are off by
-as much as 4.7, 6.8 and 450; jax 0.10.2). Below float32's and float64's smallest normal number the hardware
-rounds to 0, and so do these.
+Of XLA they use exp and log1p alone. Its tanh and erfc are not right to 4 ulp, nor in all versions its expm1
+(`tests/test_elementary.py`). Below float32's and float64's smallest normal number the hardware rounds to 0,
+and so do these.
 """
 
 from collections.abc import Callable

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .elementary import matmul, scaled, widened
+from .elementary import matmul, widened
 from .params import Layer, Params
-from .sweep import Sweep, add_penalty, layer_gradients, weight_unit
+from .sweep import Sweep, layer_gradients, weighted_gradient
 
 
 def example_gradients(sweep: Sweep) -> Params:
@@ -109,12 +109,7 @@ def clipped_gradient(sweep: Sweep, max_norm: float | Array, *, per_layer: bool =
         norms = jnp.broadcast_to(_norms(norms)[:, None], norms.shape)
     too_long = norms > max_norm
     factors = jnp.where(too_long, max_norm, 1) / jnp.where(too_long, norms, 1)  # of zero and of inf: 1
-    unit = weight_unit(sweep.losses)
-    weights = scaled(sweep.weights, 1 / unit)[:, None] * factors
-    errors = tuple(
-        (weights[:, l, None] * widened(delta)).astype(delta.dtype) for l, delta in enumerate(sweep.errors)
-    )
-    return add_penalty(layer_gradients(sweep.inputs, errors, sweep.has_bias, unit), sweep.penalty)
+    return weighted_gradient(sweep, list((sweep.weights[:, None] * factors).T))
 
 
 def second_moment(sweep: Sweep) -> Params:

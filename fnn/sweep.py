@@ -107,9 +107,16 @@ def gradient(sweep: Sweep) -> Params:
             f"gradient: needs a sweep, as fnn.backprop makes, got {type(sweep).__name__}. "
             "For the gradient of a cost use fnn.value_and_grad(cost)."
         )
+    return weighted_gradient(sweep, [sweep.weights] * len(sweep.errors))
+
+
+def weighted_gradient(sweep: Sweep, weights: Sequence[Float[Array, "*batch"]]) -> Params:
+    """Σ_n w_n δ^l_n (a^{l-1}_n)ᵀ and the penalty's gradient, with weights of about c_n for every layer."""
     unit = weight_unit(sweep.losses)
-    weights = scaled(sweep.weights, 1 / unit)[..., None]
-    errors = tuple((weights * widened(delta)).astype(delta.dtype) for delta in sweep.errors)
+    errors = tuple(
+        (scaled(w, 1 / unit)[..., None] * widened(delta)).astype(delta.dtype)
+        for w, delta in zip(weights, sweep.errors, strict=True)
+    )
     layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit)
     return add_penalty(layers, sweep.penalty)
 

@@ -190,3 +190,27 @@ def test_matmul_of_16_bits_sums_in_float32():
         jnp.ones((2, 2), "bfloat16")
     )
     assert jaxpr.eqns[-1].params["preferred_element_type"] == jnp.float32
+
+
+def test_functions_of_xla_that_are_not_used_are_off_by_more_than_4_ulp():
+    """On a CPU: float32's tanh near 4, and erfc in its tail, where x² was rounded."""
+    z = np.linspace(4.0, 4.05, 20_000).astype(np.float32)
+    errors = np.abs(np.asarray(jax.jit(jnp.tanh)(z), float) - np.tanh(z.astype(float))) / 2.0**-24
+    assert errors.max() > 4
+    x = np.linspace(5, 25, 50)
+    assert worst(jax.jit(jax.lax.erfc)(x), x, mpmath.erfc, "float64") > 50
+
+
+def test_slope_from_the_value_has_lost_digits_where_the_value_nears_one():
+    """σ′ = a (1 - a) in float32: off by 0.05 % at z = 10 and 44 % at 17, and 0 at 18; in 16 bits sooner."""
+    for z, dtype, low, high in (
+        (10, "float32", 4e-4, 5e-4),
+        (17, "float32", 0.43, 0.45),
+        (18, "float32", 1, 1),
+        (8.4, "float16", 1, 1),
+        (6.3, "bfloat16", 1, 1),
+    ):
+        exact = float(1 / (2 + 2 * mpmath.cosh(z)))
+        a = jnp.asarray(float(1 / (1 + mpmath.exp(-z))), dtype)
+        assert low <= abs(float(a * (1 - a)) / exact - 1) <= high
+    assert exact == pytest.approx(0.002, rel=0.1)

@@ -231,7 +231,7 @@ FAULTS = [
     Fault("elu′ forgets alpha", A, "alpha * m * scale", "m * scale", rule("elu(0.7)")),
     Fault("softplus′ mirrored", A, "(jnp.where(z < 0, e, 1) / (1 + e)),)", "(jnp.where(z < 0, 1, e) / (1 + e)),)", rule("softplus")),
     Fault("silu′ without the product rule", A, "n = d + jnp.where(jnp.abs(d) < 0.25, e_root * expm1_series(d, 0.25), e - e_root) + rest * (1 + e)", "n = 1 + e", rule("silu")),
-    Fault("gelu′ without z φ(z)", A, "((root - t) * K + rest * K)", "(chebyshev(GELU_M, t) / (t + 1.75))", rule("gelu")),
+    Fault("gelu′ without z φ(z)", A, "((root - t) * K + rest * K)", "(chebyshev(GELU_M, t) / (t + 1.15625))", rule("gelu")),
     Fault("gelu′ of the tanh form, z³ not differentiated", A, "far, far_low = rounded((w, 2 * cube))", "far, far_low = w, w_low", rule("gelu_tanh")),
     Fault("gelu′ off by a factor of 1.001", A, "((root - t) * K + rest * K)", "1.001 * ((root - t) * K + rest * K)", rule("gelu")),
     Fault("softmax Jacobian's diagonal only", A, "a * (a_bar - jnp.sum(a_bar * a, axis=-1, keepdims=True))", "a_bar * a * (1 - a)", rule("softmax")),
@@ -281,7 +281,7 @@ FAULTS = [
     Fault("weight gradient off by a factor of 1.001", S, "matmul(delta.T, A)", "1.001 * matmul(delta.T, A)", cost()),
     Fault("weight gradient's sign flipped", S, "matmul(delta.T, A)", "-matmul(delta.T, A)", cost()),
     Fault("errors of the batch's mean instead of each example's loss", S, "jnp.ones_like(losses)", "residuals.weights", sweep()),
-    Fault("sweep's gradient without the weights", S, "scaled(sweep.weights, 1 / unit)[..., None]", "jnp.full_like(sweep.weights, 1 / len(sweep.weights))[..., None]", sweep(WEIGHTED)),
+    Fault("sweep's gradient without the weights", S, "[sweep.weights] * len", "[jnp.full_like(sweep.weights, 1 / len(sweep.weights))] * len", sweep(WEIGHTED)),
     Fault("sweep's gradient without the penalty", S, "penalty=cost.penalty_gradient(params)", "penalty=None", sweep()),
     # Gates, graphs, Jacobians
     Fault("product's factors not exchanged", G, "_collapse(z_bar * y, x), _collapse(z_bar * x, y)", "_collapse(z_bar * x, x), _collapse(z_bar * y, y)", gate("multiply")),
