@@ -29,6 +29,8 @@ from .curvature import gauss_newton_product as gauss_newton_product
 from .curvature import hessian_product as hessian_product
 from .curvature import kronecker_factors as kronecker_factors
 from .drawings import draw_graph as draw_graph
+from .feedback import DirectFeedback as DirectFeedback
+from .feedback import direct_feedback as direct_feedback
 from .graphs import Graph as Graph
 from .graphs import GraphSweep as GraphSweep
 from .graphs import Node as Node
@@ -81,6 +83,9 @@ from .rules import RuleLike as RuleLike
 from .rules import as_custom_jvp as as_custom_jvp
 from .rules import as_custom_vjp as as_custom_vjp
 from .rules import value_and_grad as value_and_grad
+from .statistics import LayerStatistics as LayerStatistics
+from .statistics import Statistics as Statistics
+from .statistics import layer_statistics as layer_statistics
 from .sweep import Sweep as Sweep
 from .sweep import backprop as backprop
 from .sweep import gradient as gradient

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from .losses import check_labels
 from .params import Layer, _outline, check_not_narrowed, is_count
 from .rules import accepts, check_rule_like
+from .sweep import backprop
 
 
 def check_optimizer(where: str, optimizer: Any) -> None:
@@ -195,6 +196,33 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
     if "cost" in metrics:
         raise ValueError('fit: the name "cost" is taken by the cost itself; give the metric another.')
     return tuple(metrics.items())
+
+
+def check_record(
+    record: Any, cost: Any, params: Any, data: Sequence[Array], batch_size: int
+) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    if record is None or record == {}:
+        return ()
+    named = isinstance(record, Mapping) and all(isinstance(name, str) for name in record)
+    if not named or not all(callable(function) for function in record.values()):
+        raise TypeError(
+            "fit: record needs to be a dict of name -> function of a sweep, such as "
+            f'{{"norms": fnn.example_norms}}; got {record!r}.'
+        )
+    sizes = {batch_size, len(data[0]) % batch_size or batch_size}  # of full batches, and of a short last one
+    for name, function in record.items():
+        check_hashable(f"the function {name!r} of record", function)
+        rows = []
+        for size in sizes:
+            batch = [jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for array in data]
+            rows.append(jax.eval_shape(lambda *args: function(backprop(cost, *args)), params, *batch))
+        if len(set(map(str, rows))) > 1:
+            raise ValueError(
+                f"fit: the function {name!r} of record needs to return equal shapes for every batch, but the "
+                f"last one has {min(sizes)} examples, the others {max(sizes)}. Use a batch_size that divides "
+                f"N = {len(data[0])}, or record a mean or a quantile."
+            )
+    return tuple(record.items())
 
 
 def check_scalar(what: str, function: Any, params: Any, data: Sequence[Array]) -> None:

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .elementary import matmul, scaled, widened
-from .params import Layer, Params
+from .feedback import DirectFeedback, check_feedback
+from .params import Layer, Params, check_params
 from .rules import RuleLike
 
 
@@ -57,10 +58,20 @@ class Sweep:
     has_bias: tuple[bool, ...] = field(metadata={"static": True})
 
 
-def backprop(cost: Any, params: Params, X: Array, y: Array, sample_weight: Array | None = None) -> Sweep:
+def backprop(
+    cost: Any,
+    params: Params,
+    X: Array,
+    y: Array,
+    sample_weight: Array | None = None,
+    *,
+    feedback: Params | DirectFeedback | None = None,
+) -> Sweep:
     """The sweep of a cost made by `fnn.cost` over a batch: every a^{l-1} and δ^l, one row per example.
 
     X: (N, n_0), or (n_0,) for a single example; y and sample_weight as for the cost
+    feedback: what the way back reads in place of `params`, whose own are the default (`feedback.py`); δ^l is
+        then no derivative, and neither is what follows from the sweep
 
     >>> import fnn, jax, jax.numpy as jnp
     >>> params = fnn.init(jax.random.key(0), (3, 5, 2))
@@ -75,15 +86,18 @@ def backprop(cost: Any, params: Params, X: Array, y: Array, sample_weight: Array
             f"backprop: cost needs to be made by fnn.cost, of a network made by fnn.mlp; got {cost!r}. "
             "For any other rule call its forward and pullback."
         )
+    check_params("backprop", params)
+    check_feedback(params, feedback)
     _, residuals = cost.forward(params, X, y, sample_weight)
     losses = residuals.losses
     # The error of an example's own loss: its adjoint starts from ∂C_n/∂C_n = 1.
     A_bar, *_ = cost.loss.pullback(residuals.loss, jnp.ones_like(losses))
     network = residuals.network
+    way_back = params if feedback is None else feedback
     return Sweep(
         losses=losses,
         inputs=network.inputs,
-        errors=backpropagate_errors(cost.net.activations(params), params, network.activations, A_bar),
+        errors=backpropagate_errors(cost.net.activations(params), way_back, network.activations, A_bar),
         weights=residuals.weights,
         penalty=cost.penalty_gradient(params),
         has_bias=tuple(layer.b is not None for layer in params),
@@ -110,6 +124,12 @@ def gradient(sweep: Sweep) -> Params:
     return weighted_gradient(sweep, [sweep.weights] * len(sweep.errors))
 
 
+def mean_gradient(sweep: Sweep) -> Params:
+    """`gradient` where every c_n is 1/N, which comes after the sums: no weighted errors are kept beside δ."""
+    layers = layer_gradients(sweep.inputs, sweep.errors, sweep.has_bias, 1 / sweep.losses.size)
+    return add_penalty(layers, sweep.penalty)
+
+
 def weighted_gradient(sweep: Sweep, weights: Sequence[Float[Array, "*batch"]]) -> Params:
     """Σ_n w_n δ^l_n (a^{l-1}_n)ᵀ and the penalty's gradient, with weights of about c_n for every layer."""
     unit = weight_unit(sweep.losses)
@@ -132,13 +152,22 @@ def weight_unit(losses: Array) -> float:
 
 
 def backpropagate_errors(
-    activations: Sequence[RuleLike], params: Params, residuals: Sequence[Any], A_bar: Float[Array, "*batch n"]
+    activations: Sequence[RuleLike],
+    params: Params | DirectFeedback,
+    residuals: Sequence[Any],
+    A_bar: Float[Array, "*batch n"],
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """δ^1, ..., δ^L from ā^L = ∂C/∂a^L and what every activation kept on the way forward (BP1, BP2)."""
+    """δ^1, ..., δ^L from ā^L = ∂C/∂a^L and what every activation kept on the way forward (BP1, BP2).
+
+    params: of the network, or what stands in their place on the way back
+    """
     (delta,) = activations[-1].pullback(residuals[-1], A_bar)  # BP1
     errors = [delta]
-    for l in reversed(range(len(params) - 1)):
-        A_bar = matmul(delta, params[l + 1].W).astype(delta.dtype)
+    for l in reversed(range(len(activations) - 1)):
+        if isinstance(params, DirectFeedback):
+            A_bar = matmul(errors[0], params.matrices[l]).astype(delta.dtype)  # from δ^L at once
+        else:
+            A_bar = matmul(delta, params[l + 1].W).astype(delta.dtype)
         (delta,) = activations[l].pullback(residuals[l], A_bar)  # BP2
         errors.append(delta)
     return tuple(reversed(errors))

@@ -4,12 +4,13 @@ An epoch visits every example exactly once, in a fresh random order. If N is no 
 size m, the last N mod m examples make one more, shorter step after the scan, in the same compiled
 program: nothing is dropped, padded or repeated, and that step's cost is the mean over its own examples.
 
-Optimisers are optax's; the gradient is the cost's own pullback.
+Optimisers are optax's; the gradient is the cost's own pullback. Where something is recorded, a step makes the
+sweep and takes its gradient from that, so that what is recorded is of the very a and δ of the step.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -28,13 +29,17 @@ from .arguments import (
     check_not_traced,
     check_optimizer,
     check_params_values,
+    check_record,
     check_scalar,
 )
 from .params import _outline, check_key, check_not_narrowed
 from .progress import progress_bar
 from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
+from .sweep import Sweep, backprop, mean_gradient
+from .sweep import gradient as gradient_of
 
 Metric = Callable[..., Array]  # (params, X, y) -> scalar
+Record = Callable[[Sweep], Any]  # sweep -> arrays
 
 
 class TrainState(NamedTuple):
@@ -83,6 +88,19 @@ def train_step(
             f"got {type(state).__name__}."
         )
     C, gradient = value_and_grad(cost)(state.params, *batch)
+    return _update(cost, optimizer, state, C, gradient, *batch), C
+
+
+def _recorded_step(cost, optimizer, record, state, *batch):
+    """`train_step` from the sweep, and what every function of `record` makes of that."""
+    sweep = backprop(cost, state.params, *batch)
+    C = cost.forward(state.params, *batch)[0]  # the same forward pass: compiled code has it once
+    gradient = mean_gradient(sweep) if len(batch) == 2 else gradient_of(sweep)
+    return _update(cost, optimizer, state, C, gradient, *batch), (C, [function(sweep) for function in record])
+
+
+def _update(cost, optimizer, state, C, gradient, *batch):
+    """The state after a step of the optimiser from this gradient."""
     value_of = as_custom_vjp(cost)
     updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
         gradient,
@@ -93,7 +111,7 @@ def train_step(
         value_fn=lambda params: value_of(params, *batch),
     )
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, optimizer_state, state.key, state.step + 1), C
+    return TrainState(params, optimizer_state, state.key, state.step + 1)
 
 
 @partial(jax.jit, static_argnames=("cost", "optimizer", "batch_size"), donate_argnames="state")
@@ -108,6 +126,11 @@ def train_epoch(
 
     The memory of `state` is reused: go on with the one returned.
     """
+    return _scan(partial(train_step, cost, optimizer), state, data, batch_size)
+
+
+def _scan(step_on, state, data, batch_size):
+    """An epoch of steps (state, *batch) -> (state, row); the rows along a first axis."""
     batch_size = check_batches("train_epoch", data, batch_size)
     N = len(data[0])
     key, shuffle_key = jax.random.split(state.key)
@@ -115,14 +138,14 @@ def train_epoch(
 
     def step(state, rows):
         batch = (a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
-        return train_step(cost, optimizer, state, *batch)
+        return step_on(state, *batch)
 
     n_full = N - N % batch_size
-    state, costs = jax.lax.scan(step, state._replace(key=key), order[:n_full].reshape(-1, batch_size))
+    state, rows = jax.lax.scan(step, state._replace(key=key), order[:n_full].reshape(-1, batch_size))
     if n_full < N:
         state, last = step(state, order[n_full:])
-        costs = jnp.append(costs, last)
-    return state, costs
+        rows = jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), rows, last)
+    return state, rows
 
 
 def accuracy(net: RuleLike) -> Metric:
@@ -170,12 +193,14 @@ class History:
         metric on the whole training data after the epoch
     validation: "cost" and every metric on the validation data after the epoch; empty without such data
     seconds: wall time of each epoch; the first includes compilation
+    records: name -> what a function of `record` made of each step's sweep: arrays with a first axis of steps
     """
 
     params: Any
     train: Mapping[str, np.ndarray]
     validation: Mapping[str, np.ndarray]
     seconds: np.ndarray
+    records: Mapping[str, Any] = field(default_factory=dict)
 
 
 class DivergenceError(FloatingPointError):
@@ -197,6 +222,7 @@ def fit(
     batch_size: int,
     validation: Sequence[Any] | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    record: Mapping[str, Record] | None = None,
     progress: bool = True,
 ) -> History:
     """Trains on `data` for a number of epochs, each one compiled scan over freshly shuffled batches.
@@ -207,6 +233,9 @@ def fit(
     key: decides the order of the examples; equal keys give equal runs to the last bit
     validation: data held out, in the same form; cost and metrics are evaluated on it after every epoch
     metrics: name -> function (params, X, y) -> scalar, such as {"accuracy": fnn.accuracy(net)}
+    record: name -> function of the sweep of each step's batch, such as {"layers": fnn.layer_statistics} or
+        {"norms": fnn.example_norms}; `history.records` has what they return, an array or a pytree of
+        arrays, for every step. The gradient is then the sweep's, equal to the cost's up to rounding.
     progress: show a bar
 
     `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
@@ -238,41 +267,51 @@ def fit(
     named_metrics = check_metrics(metrics)
     for name, metric in named_metrics:
         check_scalar(f"metric {name!r}", metric, params, data[:2])
+    named_records = check_record(record, cost, params, data, batch_size)
 
-    run_epoch = _compiled_epoch(cost, optimizer, tuple(metric for _, metric in named_metrics), batch_size)
+    functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
+    run_epoch = _compiled_epoch(cost, optimizer, *functions, batch_size)
     names = ("cost", *(name for name, _ in named_metrics))
     state = train_state(optimizer, params, key)
-    train, held_out, seconds = [], [], []
+    train, held_out, seconds, records = [], [], [], []
 
     def history(params):
-        return History(params, _columns(names, train), _columns(names, held_out), np.array(seconds, float))
+        columns = _columns(names, train), _columns(names, held_out)
+        recorded = zip((name for name, _ in named_records), zip(*records, strict=True), strict=records != [])
+        joined = {name: jax.tree.map(lambda *x: np.concatenate(x), *epochs) for name, epochs in recorded}
+        return History(params, *columns, np.array(seconds, float), joined)
 
     with progress_bar(epochs, names, show=progress) as show:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             state, before, *results = run_epoch(state, data, validation)
-            costs, is_finite, *numbers = jax.device_get(results)
+            costs, is_finite, recorded, *numbers = jax.device_get(results)
             if not (is_finite and np.isfinite(costs).all()):
                 raise DivergenceError(_divergence(costs, epoch), history(before))
             for rows, row in zip((train, held_out), numbers, strict=True):
                 rows.append([float(number) for number in row])
+            records.append(recorded)
             seconds.append(time.perf_counter() - start)
             show(epoch, train[-1], held_out[-1])
     return history(state.params)
 
 
 @lru_cache(maxsize=16)  # runs kept compiled; a search over thousands of optimisers would fill the memory
-def _compiled_epoch(cost, optimizer, metrics, batch_size):
-    return jax.jit(partial(_epoch, cost, optimizer, metrics, batch_size), donate_argnums=0)
+def _compiled_epoch(cost, optimizer, metrics, record, batch_size):
+    return jax.jit(partial(_epoch, cost, optimizer, metrics, record, batch_size), donate_argnums=0)
 
 
-def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
+def _epoch(cost, optimizer, metrics, record, batch_size, state, data, validation):
     """An epoch and its evaluation as one program, so that a run compiles once.
 
     Returns the parameters as they were before the epoch too: what is left if it diverges.
     """
     before, N = state.params, len(data[0])
-    state, costs = train_epoch(cost, optimizer, state, data, batch_size)
+    if record:
+        step = partial(_recorded_step, cost, optimizer, record)
+        state, (costs, recorded) = _scan(step, state, data, batch_size)
+    else:
+        (state, costs), recorded = train_epoch(cost, optimizer, state, data, batch_size), []
     is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
     sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
     # In at least float32: a mean of bfloat16 costs would show three digits.
@@ -283,7 +322,7 @@ def _epoch(cost, optimizer, metrics, batch_size, state, data, validation):
     if validation is not None:
         held_out = [cost.forward(state.params, *validation)[0]]
         held_out += [metric(state.params, *validation[:2]) for metric in metrics]
-    return state, before, costs, is_finite, train, held_out
+    return state, before, costs, is_finite, recorded, train, held_out
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:

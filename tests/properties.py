@@ -219,6 +219,43 @@ def check_sweep(fnn, cost, params, X, y, *weight):
         terms = terms @ np.abs(params[l].W)
 
 
+def check_feedback(fnn, cost, params, X, y):
+    """δ^l with other matrices on the way back is autodiff's in a network of the same numbers and such slopes.
+
+    z + B - stop_gradient(B) is z, with the slopes of B; z = stop_gradient(W a) would have none.
+    """
+    rng, stop = np.random.default_rng(0), jax.lax.stop_gradient
+    other = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
+    n_last = params[-1].W.shape[0]
+    D = tuple(jnp.asarray(rng.standard_normal((n_last, layer.W.shape[0]))) for layer in params[:-1])
+    nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
+    activations = cost.net.activations(params)
+
+    def aligned(nudges):
+        A = X
+        for (W, b), (F, _), activation, nudge in zip(params, other, activations, nudges, strict=True):
+            Z = stop(A @ W.T) + A @ F.T - stop(A @ F.T) + nudge
+            A = activation(Z if b is None else Z + b[None, :])
+        return cost.loss(A, y).sum()
+
+    def direct(nudges):
+        A, hidden = X, []
+        for (W, b), activation, nudge in zip(params, activations, nudges, strict=True):
+            Z = stop(A @ W.T) + nudge
+            if len(hidden) == len(D):
+                for a, matrix in zip(hidden, D, strict=True):
+                    Z = Z + a @ matrix.T - stop(a @ matrix.T)
+            A = activation(Z if b is None else Z + b[None, :])
+            hidden.append(A)
+        return cost.loss(A, y).sum()
+
+    for surrogate, feedback in ((aligned, other), (direct, fnn.DirectFeedback(D))):
+        sweep = jax.jit(partial(fnn.backprop, cost))(params, X, y, feedback=feedback)
+        expected = jax.jit(jax.grad(surrogate))(nudges)
+        for l, (got, want) in enumerate(zip(sweep.errors, expected, strict=True), start=1):
+            assert_close(got, want, "float64", what=f"δ^{l}", fan_in=16)
+
+
 # Of training, by rules that show what the loop does with its data.
 
 

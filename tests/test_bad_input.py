@@ -713,6 +713,16 @@ BAD = {
         r"the network needs to be a rule called with \(params, X\)"),
     "accuracy called at once": Bad(lambda: fnn.accuracy(PARAMS, X, y), TypeError,
         r"takes 1 positional argument but 3"),
+    "record a function": Bad(lambda: fit(record=fnn.example_norms), TypeError,
+        r"record needs to be a dict of name -> function of a sweep.*\{\"norms\": fnn\.example_norms\}; got"),
+    "record not hashable": Bad(lambda: fit(record={"own": Unhashable()}), TypeError,
+        r"the function 'own' of record needs to be hashable"),
+    "record of numbers for each example, with a short last batch": Bad(
+        lambda: fit(record={"norms": fnn.example_norms}, batch_size=4), ValueError,
+        r"'norms' of record needs to return equal shapes.*last one has 2 examples, the others 4.*N = 6"),
+    "record with a cost that has no sweep": Bad(
+        lambda: fit(OF_NUMBERS, params=np.float32(1), data=(w, w), record={"norms": fnn.example_norms}),
+        TypeError, r"backprop: cost needs to be made by fnn\.cost"),
     # Rules
     "value_and_grad of a vector": Bad(lambda: fnn.value_and_grad(fnn.squared_error)(T, T), TypeError,
         r"needs to return a scalar, got shape \(6,\)\. Make a cost"),
@@ -751,6 +761,33 @@ BAD = {
     "backprop of a cost of another rule": Bad(
         lambda: fnn.backprop(fnn.cost(AFFINE, fnn.squared_error), X.T @ T, X, T), TypeError,
         r"of a network made by fnn\.mlp"),
+    "feedback a list of matrices": Bad(
+        lambda: fnn.backprop(CLASSES, PARAMS, X, y, feedback=[W for W, _ in PARAMS]), TypeError,
+        r"feedback needs to be parameters of the same network.*direct_feedback\(key, params\).*got list"),
+    "feedback a transpose": Bad(
+        lambda: fnn.backprop(CLASSES, PARAMS, X, y, feedback=(FIRST, fnn.Layer(LAST.W.T))), ValueError,
+        r"matrix of layer 2 needs to be float32 \(3, 5\), got float32 \(5, 3\).*not of its transpose"),
+    "feedback without the first layer": Bad(
+        lambda: fnn.backprop(CLASSES, PARAMS, X, y, feedback=(LAST,)), ValueError,
+        r"feedback needs 1 matrices to lead back through 2 layers, got 0"),
+    "feedback of another dtype": Bad(
+        lambda: fnn.backprop(CLASSES, PARAMS, X, y, feedback=of_dtype("float16")), ValueError,
+        r"matrix of layer 2 needs to be float32 \(3, 5\), got float16"),
+    "direct feedback of another network": Bad(
+        lambda: fnn.backprop(CLASSES, PARAMS, X, y, feedback=fnn.direct_feedback(key(), SINGLE)), ValueError,
+        r"matrix of layer 1 needs to be float32 \(3, 5\), got float32 \(1, 5\).*fnn\.direct_feedback"),
+    "direct feedback of a seed": Bad(lambda: fnn.direct_feedback(0, PARAMS), TypeError,
+        r"direct_feedback: key needs to be one PRNG key"),
+    "direct feedback of sizes": Bad(lambda: fnn.direct_feedback(key(), (4, 5, 3)), TypeError,
+        r"direct_feedback: params needs to be a tuple of fnn\.Layer"),
+    "statistics of a cost": Bad(lambda: fnn.layer_statistics(CLASSES), TypeError,
+        r"layer_statistics: needs a sweep"),
+    "statistics with edges that fall": Bad(
+        lambda: fnn.layer_statistics(fnn.backprop(CLASSES, PARAMS, X, y), (0.9, 0.5)), ValueError,
+        r"edges needs to be finite numbers that rise, such as \(0\.5, 0\.99\); got \(0\.9, 0\.5\)"),
+    "statistics with one edge for a list": Bad(
+        lambda: fnn.layer_statistics(fnn.backprop(CLASSES, PARAMS, X, y), 0.5), ValueError,
+        r"edges needs to be finite numbers that rise"),
     "gradient of a cost": Bad(lambda: fnn.gradient(CLASSES), TypeError,
         r"needs a sweep, as fnn\.backprop makes, got Cost.*fnn\.value_and_grad\(cost\)"),
     "train_state of an optimiser not made": Bad(lambda: fnn.train_state(optax.adam, PARAMS, key()), TypeError,

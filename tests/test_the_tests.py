@@ -21,6 +21,7 @@ import pytest
 
 import fnn as package
 from tests.properties import (
+    check_feedback,
     check_orders,
     check_rule,
     check_steps,
@@ -123,6 +124,11 @@ def sweep(arch: Architecture = SQUARE):
         check_sweep(fnn, case.rule, *case.draw_one())
 
     return check
+
+
+def feedback(fnn):
+    case = network_case(fnn, Architecture(widths=(4, 4, 4, 4, 4), hidden=("tanh", "sigmoid", "tanh"), N=4))
+    check_feedback(fnn, case.rule, *case.draw_one())
 
 
 def steps(fnn):
@@ -283,6 +289,9 @@ FAULTS = [
     Fault("errors of the batch's mean instead of each example's loss", S, "jnp.ones_like(losses)", "residuals.weights", sweep()),
     Fault("sweep's gradient without the weights", S, "[sweep.weights] * len", "[jnp.full_like(sweep.weights, 1 / len(sweep.weights))] * len", sweep(WEIGHTED)),
     Fault("sweep's gradient without the penalty", S, "penalty=cost.penalty_gradient(params)", "penalty=None", sweep()),
+    Fault("feedback ignored", S, "way_back = params if feedback is None else feedback", "way_back = params", feedback),
+    Fault("direct feedback from the layer above", S, "matmul(errors[0], params.matrices[l])", "matmul(delta, params.matrices[l])", feedback),
+    Fault("direct feedback of another layer", S, "params.matrices[l])", "params.matrices[-1 - l])", feedback),
     # Gates, graphs, Jacobians
     Fault("product's factors not exchanged", G, "_collapse(z_bar * y, x), _collapse(z_bar * x, y)", "_collapse(z_bar * x, x), _collapse(z_bar * y, y)", gate("multiply")),
     Fault("difference loses its sign", G, "_collapse(-z_bar, y)", "_collapse(z_bar, y)", gate("subtract")),

@@ -265,3 +265,63 @@ def test_progress_bar_lives_in_a_terminal(capsys, monkeypatch):
 def test_no_progress_prints_nothing(capsys):
     fit(*problem_with_adam(), progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+RECORD = {"layers": fnn.layer_statistics, "noise": fnn.noise_scale_parts}
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+def test_what_is_recorded_is_of_the_sweep_of_every_step(weighted):
+    """37 examples in batches of 8, 8, 8, 8 and 5, twice; replayed one by one with the same order."""
+    cost, params, (X, y) = problem()
+    data = (X, y, jnp.linspace(0.5, 2, len(X))) if weighted else (X, y)
+    optimizer, key = optax.sgd(0.1), jax.random.key(5)
+    history = fit(cost, optimizer, params, data, key=key, epochs=2, record=RECORD)
+    assert set(history.records) == set(RECORD)
+    state, step = fnn.train_state(optimizer, params, key), 0
+
+    @jax.jit
+    def take(state, *batch):
+        sweep = fnn.backprop(cost, state.params, *batch)
+        return fnn.train_step(cost, optimizer, state, *batch)[0], {n: f(sweep) for n, f in RECORD.items()}
+
+    for order in orders(fnn, key, N=37, epochs=2):
+        for i in range(0, 37, 8):
+            state, expected = take(state, *(array[np.array(order[i : i + 8])] for array in data))
+            got = jax.tree.map(lambda column: column[step], dict(history.records))
+            assert jax.tree.structure(got) == jax.tree.structure(expected)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+            step += 1
+    assert len(history.records["noise"][0]) == step == 10
+    for a, b in zip(jax.tree.leaves(history.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_recording_changes_a_run_by_no_more_than_rounding_and_nothing_recorded_is_empty():
+    cost, params, data = problem()
+    plain = fit(cost, optax.adam(0.01), params, data)
+    recorded = fit(cost, optax.adam(0.01), params, data, record=RECORD)
+    assert plain.records == {} and fit(cost, optax.adam(0.01), params, data, record={}).records == {}
+    for name in plain.train:
+        np.testing.assert_allclose(plain.train[name], recorded.train[name], rtol=1e-9)
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(recorded.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)  # Adam divides by the gradient's own size
+
+
+def test_numbers_of_every_example_are_recorded_where_batches_are_equal():
+    cost, params, (X, y) = problem(N=24)
+    history = fit(cost, optax.sgd(0.1), params, (X, y), record={"norms": fnn.example_norms})
+    assert history.records["norms"].shape == (9, 8)
+
+
+def test_run_that_diverges_keeps_what_was_recorded_before():
+    cost, params, data = problem()
+    blows_up = optax.sgd(optax.piecewise_constant_schedule(0.1, {7: 1e300}))  # in the second epoch
+    with pytest.raises(fnn.DivergenceError) as error:
+        fit(cost, blows_up, params, data, record=RECORD)
+    history = error.value.history
+    assert len(history.seconds) == 1 and history.records["noise"][0].shape == (5,)
+    with pytest.raises(fnn.DivergenceError) as error:
+        fit(cost, optax.sgd(1e300), params, data, record=RECORD)
+    assert error.value.history.records == {}
