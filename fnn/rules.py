@@ -214,7 +214,8 @@ def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable
 def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
     """The rule as a plain JAX function, which `jax.grad` differentiates by the rule's own pullback.
 
-    Use it inside other people's JAX code. Arguments are positional.
+    Use it inside other people's JAX code, under jit, vmap and shard_map. Arguments are positional. Forward mode
+    (jvp, hessian) is not for custom_vjp: activations have `as_custom_jvp`.
 
     >>> import fnn, jax, jax.numpy as jnp
     >>> print(jax.grad(fnn.as_custom_vjp(fnn.softplus))(jnp.float32(0)))
@@ -222,12 +223,37 @@ def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
     """
     check_rule_like("as_custom_vjp: the rule", rule)
 
-    def function(*primals):
+    @jax.custom_vjp
+    def custom(*primals):
         return run_forward(rule, *primals)[0]
 
-    custom = jax.custom_vjp(function)
     custom.defvjp(rule.forward, rule.pullback)
-    return custom
+
+    def function(*primals):
+        return custom(*_of_equal_axes(primals))
+
+    return function
+
+
+def _of_equal_axes(primals: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arrays, marked as different on every device where one of them is. Outside shard_map nothing.
+
+    In shard_map parameters are the same on all devices while a batch is not, and then so is a pullback's
+    adjoint of the parameters: one part of a sum over the devices. JAX takes that sum where it goes back through
+    this mark.
+    """
+    axes = frozenset[Any]().union(*(_varying(leaf) for leaf in jax.tree.leaves(primals)))
+
+    def mark(leaf):
+        missing = axes - _varying(leaf)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
+
+    return jax.tree.map(mark, primals) if axes else primals
+
+
+def _varying(leaf: Any) -> frozenset[Any]:
+    """The axes of shard_map along which an array differs from device to device."""
+    return jax.typeof(leaf).mat.varying
 
 
 def as_custom_jvp(rule: RuleLike) -> Callable[[Any], Any]:

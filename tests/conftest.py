@@ -16,6 +16,7 @@ import pytest
 import tests.typechecker
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for shard_map; what is not sharded uses the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if "MUTANT_UNDER_TEST" in os.environ:  # mutmut: a mutant is dead at its first failure, however large

@@ -10,7 +10,7 @@ in four precisions, with x64 on. Every checker as its documentation uses it:
     check_grads  jax.test_util.check_grads of a custom_vjp with the candidate, first order, reverse mode
     check_grad   scipy.optimize.check_grad in float64, below 1e-5 of the gradient's length
     gradcheck    torch.autograd.gradcheck of a Function with the candidate as its backward, in float64, with
-                 its defaults (needs torch, in the extra `others`; left out without it)
+                 its defaults (needs torch, in the extra `torch`; left out without it)
 
 An exception counts as a rejection: the gradient does not get through. Rules and jvps, which not all of them
 can be asked about, are judged by fnn alone. The table is written to gradient_checkers.txt beside the script.
