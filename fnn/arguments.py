@@ -198,6 +198,18 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
     return tuple(metrics.items())
 
 
+def check_callbacks(callbacks: Any) -> None:
+    if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
+        raise TypeError(
+            f"fit: callbacks needs to be a list of functions of a report, such as [print]; got {callbacks!r}."
+        )
+    for callback in callbacks:
+        if not accepts(callback, "report"):
+            raise TypeError(
+                f"fit: a callback needs to be a function of one argument, the report; got {callback!r}."
+            )
+
+
 def check_record(
     record: Any, cost: Any, params: Any, data: Sequence[Array], batch_size: int
 ) -> tuple[tuple[str, Callable[[Any], Any]], ...]:

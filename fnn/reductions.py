@@ -253,7 +253,9 @@ def noise_scale_parts(sweep: Sweep) -> tuple[Float[Array, ""], Float[Array, ""]]
 
     Derivation: for independent examples E m = ‖G‖² + tr Σ and E q = ‖G‖² + s tr Σ; solve for both. Weights
     need to be chosen without regard to g_n. The estimate of ‖G‖² may be negative; both are NaN where one
-    example has all the weight. Raises ValueError for N = 1, which shows no variance.
+    example has all the weight. Σ and G are those of what the examples are a sample of: of the M examples of a
+    training set themselves, from which batches are drawn without replacement, ‖G‖² is tr(Σ)/M larger.
+    Raises ValueError for N = 1, which shows no variance.
     Source: McCandlish et al. (2018), App. A.1, with B_small = 1 and B_big = N, for p_n = 1/N.
 
     >>> import fnn, jax, jax.numpy as jnp
@@ -368,7 +370,7 @@ def _noise_scale_parts(where: str, sweep: Sweep) -> tuple[Float[Array, ""], Floa
     if sweep.losses.size < 2:
         raise ValueError(
             f"{where}: needs a sweep over at least two examples, since one shows no variance; got N = 1. "
-            "Use a larger batch."
+            "Use a larger batch, and one whose size leaves no last batch of one."
         )
     p = _probabilities(sweep)
     m = jnp.sum(p * _norms(_layer_norms(sweep)) ** 2)

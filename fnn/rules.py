@@ -214,8 +214,8 @@ def value_and_grad(rule: RuleLike, argnums: int | Sequence[int] = 0) -> Callable
 def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
     """The rule as a plain JAX function, which `jax.grad` differentiates by the rule's own pullback.
 
-    Use it inside other people's JAX code, under jit, vmap and shard_map. Arguments are positional. Forward mode
-    (jvp, hessian) is not for custom_vjp: activations have `as_custom_jvp`.
+    Use it inside other people's JAX code, under jit, vmap and shard_map. Arguments are positional. It has no
+    forward mode (jvp, hessian); for activations `as_custom_jvp` has.
 
     >>> import fnn, jax, jax.numpy as jnp
     >>> print(jax.grad(fnn.as_custom_vjp(fnn.softplus))(jnp.float32(0)))
@@ -238,9 +238,8 @@ def as_custom_vjp(rule: RuleLike) -> Callable[..., Any]:
 def _of_equal_axes(primals: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arrays, marked as different on every device where one of them is. Outside shard_map nothing.
 
-    In shard_map parameters are the same on all devices while a batch is not, and then so is a pullback's
-    adjoint of the parameters: one part of a sum over the devices. JAX takes that sum where it goes back through
-    this mark.
+    In shard_map parameters are the same on all devices while a batch is not. A pullback's adjoint of the
+    parameters then is a part of a sum on each, and JAX takes the sum where it goes back through this mark.
     """
     axes = frozenset[Any]().union(*(_varying(leaf) for leaf in jax.tree.leaves(primals)))
 

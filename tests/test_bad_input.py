@@ -713,6 +713,23 @@ BAD = {
         r"the network needs to be a rule called with \(params, X\)"),
     "accuracy called at once": Bad(lambda: fnn.accuracy(PARAMS, X, y), TypeError,
         r"takes 1 positional argument but 3"),
+    "early stopping a number": Bad(lambda: fit(early_stopping=5), TypeError,
+        r"early_stopping needs to be made by fnn\.EarlyStopping\(patience=10\), got 5"),
+    "early stopping by a metric that is not there": Bad(
+        lambda: fit(early_stopping=fnn.EarlyStopping("accuracy")), ValueError,
+        r"monitors 'accuracy', but the numbers of this run are 'cost'; give it as one of metrics"),
+    "early stopping without patience": Bad(
+        lambda: fit(early_stopping=fnn.EarlyStopping(patience=0)), ValueError,
+        r"patience of early_stopping needs to be a positive integer, got 0"),
+    "early stopping with a gain below 0": Bad(
+        lambda: fit(early_stopping=fnn.EarlyStopping(min_delta=-1)), ValueError,
+        r"min_delta of early_stopping needs to be a finite number, at least 0; got -1"),
+    "callbacks a function": Bad(lambda: fit(callbacks=print), TypeError,
+        r"callbacks needs to be a list of functions of a report, such as \[print\]; got"),
+    "a callback without arguments": Bad(lambda: fit(callbacks=[lambda: None]), TypeError,
+        r"a callback needs to be a function of one argument, the report"),
+    "divergence ignored": Bad(lambda: fit(on_divergence="ignore"), ValueError,
+        r"on_divergence needs to be \"raise\" or \"skip\", got 'ignore'"),
     "record a function": Bad(lambda: fit(record=fnn.example_norms), TypeError,
         r"record needs to be a dict of name -> function of a sweep.*\{\"norms\": fnn\.example_norms\}; got"),
     "record not hashable": Bad(lambda: fit(record={"own": Unhashable()}), TypeError,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fnn
-from fnn.train import _epoch
+from fnn.runs import _epoch, _epochs
 from tests.strategies import Architecture, network_case, tolerance
 
 EDGES = (1e-3, 0.2, 1.0)
@@ -110,8 +110,9 @@ def test_recording_along_a_run_takes_a_tenth_of_its_memory_at_most(standard_prom
             return fnn.train_state(optimizer, params, jax.random.key(0))
 
         data = jax.ShapeDtypeStruct((1024, 784), np.float32), jax.ShapeDtypeStruct((1024,), np.int32)
-        run = jax.jit(partial(_epoch, cost, optimizer, (), record, 128), donate_argnums=0)
-        analysis = run.lower(jax.eval_shape(state), data, None).compile().memory_analysis()
+        epoch = partial(_epoch, cost, optimizer, (), record, 128, False)
+        run = jax.jit(partial(_epochs, epoch, False), donate_argnums=0)
+        analysis = run.lower(jax.eval_shape(state), data, None, jnp.int32(1)).compile().memory_analysis()
         assert analysis
         return analysis.temp_size_in_bytes
 

@@ -1,0 +1,102 @@
+"""Where a run stopped being finite: the epoch is run again up to the step, which is then taken apart."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from .network import Cost, Network
+from .rules import RuleLike, value_and_grad
+from .sweep import backprop
+from .train import TrainState, shuffle, train_step
+
+
+def explain(
+    cost: RuleLike,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    data: tuple[Array, ...],
+    batch_size: int,
+    costs: np.ndarray,
+    epoch: int,
+) -> str:
+    """What went wrong in an epoch, at which step, in which quantity first, and what to do.
+
+    state: before the epoch
+    costs: of its steps
+    """
+    wrong = np.flatnonzero(~np.isfinite(costs))
+    step = int(wrong[0]) if len(wrong) else len(costs) - 1
+    state, batch = _replay(cost, optimizer, state, data, batch_size, step)
+    first = next(_not_finite(cost, optimizer, state, batch), None)
+    where = f"at step {step + 1} of {len(costs)}"
+    if len(wrong):
+        where = f"the cost became {costs[step]} {where}"
+    else:
+        where = f"the parameters became NaN or infinite {where}"
+    found = "" if first is None else f" First not finite there: {first}."
+    why = "Try a smaller learning rate, or clip gradients with optax.clip_by_global_norm."
+    if epoch == 1 and step == (1 if len(wrong) else 0):
+        why = "That was the first update: is the learning rate NaN, infinite, or far too large?"
+    elif epoch == 1 and len(wrong) and step == 0:
+        why = "Nothing was updated yet: the network overflows, or a loss on probabilities met a 0."
+    return (
+        f"fit: in epoch {epoch} {where}.{found} {why} This error's .history has the {epoch - 1} epochs "
+        "before, and the parameters as they were after them."
+    )
+
+
+def _replay(
+    cost: RuleLike,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    data: tuple[Array, ...],
+    batch_size: int,
+    step: int,
+) -> tuple[TrainState, tuple[Array, ...]]:
+    """The state before a step of the epoch, counted from 0, and the step's batch."""
+    _, order = shuffle(state.key, len(data[0]))
+    batches = [
+        tuple(array[order[i : i + batch_size]] for array in data)
+        for i in range(0, (step + 1) * batch_size, batch_size)
+    ]
+    take = jax.jit(partial(train_step, cost, optimizer))
+    for batch in batches[:step]:
+        state, _ = take(state, *batch)
+    return state, batches[step]
+
+
+def _not_finite(
+    cost: RuleLike, optimizer: optax.GradientTransformation, state: TrainState, batch: tuple[Array, ...]
+) -> Iterator[str]:
+    """The quantities of a step that are not finite, in the order in which they are computed."""
+    params = state.params
+    yield from _bad("params", params)
+    if isinstance(cost, Cost) and isinstance(cost.net, Network):
+        A = cost.net.forward(params, batch[0])[0]
+        sweep = backprop(cost, params, *batch)
+        for l, a in enumerate((*sweep.inputs[1:], A), start=1):
+            yield from _bad(f"a^{l}, the output of layer {l}", a)
+        yield from _bad("the losses", sweep.losses)
+        for l in reversed(range(len(sweep.errors))):
+            yield from _bad(f"δ^{l + 1}, the error of layer {l + 1}", sweep.errors[l])
+    C, gradient = value_and_grad(cost)(params, *batch)
+    yield from _bad("the cost", C)
+    yield from _bad("the gradient", gradient)
+    state, _ = train_step(cost, optimizer, state, *batch)
+    yield from _bad("the parameters after the update", state.params)
+
+
+def _bad(what: str, tree: Any) -> Iterator[str]:
+    """`what`, with the name of the leaf in a pytree and the first index of a number that is not finite."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        wrong = np.argwhere(~np.asarray(jnp.isfinite(leaf)))
+        if len(wrong):
+            index = tuple(map(int, wrong[0]))
+            at = f" at index [{', '.join(map(str, index))}]" if index else ""
+            yield f"{what}{jax.tree_util.keystr(path)}{at}, {np.asarray(leaf)[index]}"
