@@ -8,8 +8,12 @@ are grouped changes no number.
 """
 
 import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -36,6 +40,7 @@ from .arguments import (
 from .divergence import explain
 from .params import check_key
 from .progress import progress_bar
+from .resume import RunFolder, fingerprint, terminated
 from .rules import RuleLike, check_rule_like
 from .train import Metric, Record, TrainState, recorded_step, scan_epoch, train_epoch, train_state
 
@@ -138,6 +143,7 @@ def fit(
     early_stopping: EarlyStopping | None = None,
     callbacks: Sequence[Callback] = (),
     on_divergence: str = "raise",
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> History:
     """Trains on `data` for a number of epochs, each one compiled scan over freshly shuffled batches.
@@ -155,6 +161,10 @@ def fit(
     callbacks: functions called after every epoch with an `EpochReport`; one that returns True ends the run
     on_divergence: "raise" a `DivergenceError`, or "skip" every step whose gradient is not finite, leave it
         out of the cost's mean, and count it; after 10 in a row it raises all the same
+    checkpoint: a folder for this run, "runs/a". The run is saved there every half minute, after its last
+        epoch and on SIGTERM, which then ends the process with status 143; the same call goes on from there,
+        and ends with the bits of a run that was not stopped. `epochs` may be larger then. `history.jsonl`
+        there has a line for each epoch. Callbacks see only the epochs that are run.
     progress: show a bar
 
     `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
@@ -198,19 +208,42 @@ def fit(
     if skips:
         optimizer = _skipping(optimizer)
     functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
-    run_epochs = _compiled_epochs(cost, optimizer, *functions, batch_size, skips)
+    run_epoch, run_epochs = _compiled_epochs(cost, optimizer, *functions, batch_size, skips)
     state = train_state(optimizer, params, key)
     numbers = _Numbers(names, tuple(name for name, _ in named_records))
     watches = bool(callbacks) or early_stopping is not None
     best: tuple[int, Any] | None = None
+    epoch, folder = 0, None
+    if checkpoint is not None:
+        run = {"batch_size": batch_size, "numbers": names, "records": numbers.record_names}
+        run |= {"on_divergence": on_divergence, "early_stopping": repr(early_stopping)}
+        folder = RunFolder(checkpoint, fingerprint(key, data, validation, **run))
+        _, row = jax.eval_shape(run_epoch, state, data, validation)
+
+        def like(epoch):
+            return state, params, 0, numbers.like(epoch, row)
+
+        restored = folder.restore(like)
+        if restored is not None:
+            epoch, (state, best_params, best_epoch, saved) = restored
+            numbers.restore(saved)
+            best = (best_epoch, best_params) if best_epoch else None
 
     def history(params):
         skipped = int(state.optimizer_state.total_notfinite) if skips else 0
         return numbers.history(params, None if best is None else best[0], skipped)
 
-    with progress_bar(epochs, names, show=progress) as show:
-        epoch, at_once = 0, 1
-        while epoch < epochs:
+    def save():
+        if folder is not None:
+            best_epoch, best_params = (0, params) if best is None else best
+            tree = state, best_params, best_epoch, numbers.tree()
+            folder.save(epoch, int(state.step), tree, history(None).json_lines())
+
+    stopped = early_stopping is not None and best is not None and epoch - best[0] >= early_stopping.patience
+    catch = terminated() if folder is not None else nullcontext(lambda: False)
+    with progress_bar(epochs, names, show=progress) as show, catch as is_terminated:
+        at_once, calls = 1, 0
+        while epoch < epochs and not stopped:
             start = time.perf_counter()
             n = jnp.int32(min(at_once, epochs - epoch))
             state, before, done, is_finite, rows = run_epochs(state, data, validation, n)
@@ -229,12 +262,21 @@ def fit(
                 if early_stopping and numbers.is_best(early_stopping):
                     best = epoch, jax.tree.map(partial(jnp.array, copy=True), state.params)
                 report = numbers.report(int(state.step), state.params)
-                stop = [callback(report) is True for callback in callbacks]
-                if any(stop) or (early_stopping and best and epoch - best[0] >= early_stopping.patience):
-                    break
-            elif epoch > 1:  # the first call compiles
+                stopped = any([callback(report) is True for callback in callbacks])
+                if early_stopping and best and epoch - best[0] >= early_stopping.patience:
+                    stopped = True
+            elif calls:  # the first call compiles
                 in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
                 at_once = max(1, min(in_time, 2 * at_once, len(rows.costs)))
+            calls += 1
+            if is_terminated():
+                save()
+                print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)
+            if folder is not None and folder.is_due:
+                save()
+        if calls:
+            save()
     return history(state.params if best is None else best[1])
 
 
@@ -272,6 +314,23 @@ class _Numbers:
         self.seconds += [seconds] * n
         if n and self.record_names:
             self.records.append(jax.tree.map(lambda x: np.concatenate(x[:n]), rows.records))
+
+    def tree(self) -> Any:
+        """All of it as arrays."""
+        records = jax.tree.map(lambda *x: np.concatenate(x), *self.records) if self.records else []
+        return np.array(self.train), np.array(self.validation), np.array(self.seconds), records
+
+    def like(self, epochs: int, row: _Rows) -> Any:
+        """The shapes of `tree` after so many epochs, with the numbers of one."""
+        columns = [np.zeros((epochs, len(part))) for part in (row.train, row.validation)]
+        steps = epochs * len(row.costs)
+        records = jax.tree.map(lambda x: np.zeros((steps, *x.shape[1:]), x.dtype), row.records)
+        return *columns, np.zeros(epochs), records
+
+    def restore(self, tree: Any) -> None:
+        train, held_out, seconds, records = tree
+        self.train, self.validation, self.seconds = train.tolist(), held_out.tolist(), seconds.tolist()
+        self.records = [records] if self.record_names else []
 
     def report(self, step: int, params: Any) -> EpochReport:
         train, held_out = (
@@ -326,7 +385,7 @@ def _check_early_stopping(rule: Any, names: Sequence[str]) -> None:
 @lru_cache(maxsize=16)  # runs kept compiled; a search over thousands of optimisers would fill the memory
 def _compiled_epochs(cost, optimizer, metrics, record, batch_size, skips):
     epoch = partial(_epoch, cost, optimizer, metrics, record, batch_size, skips)
-    return jax.jit(partial(_epochs, epoch, skips), donate_argnums=0)
+    return epoch, jax.jit(partial(_epochs, epoch, skips), donate_argnums=0)
 
 
 def _epochs(

@@ -1,0 +1,98 @@
+"""A run's folder: its state between two compiled calls, so that a run that was stopped goes on from there.
+
+What is saved is all that the rest of a run depends on: parameters, the optimiser's state, the key of the next
+shuffle, the step, and the history so far. An epoch is the same compiled program whenever it runs, so a run
+that was stopped and resumed ends, on the same machine, with the bits of one that was not.
+"""
+
+import json
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .checkpoint import CheckpointError, Checkpoints
+from .files import replacing
+
+SECONDS = 30.0  # between two checkpoints, at least
+
+
+def fingerprint(
+    key: Any, data: Sequence[Array], validation: Sequence[Array] | None, **options: Any
+) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on with, in words of JSON.
+
+    The data by a checksum; optimisers are told apart by the structure of their state alone.
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    parts = {"key": np.asarray(key).tolist(), "data": _checksums(data)}
+    return {**parts, "validation": None if validation is None else _checksums(validation), **options}
+
+
+def _checksums(arrays: Sequence[Array]) -> list[str]:
+    on_host = [np.ascontiguousarray(array) for array in jax.device_get(arrays)]
+    return [f"{a.dtype} {a.shape} {zlib.crc32(a.tobytes()):08x}" for a in on_host]
+
+
+class RunFolder:
+    """The checkpoints of one run, `step-*.npz`, and its history as `history.jsonl`."""
+
+    def __init__(self, folder: Any, run: dict[str, Any]):
+        self.checkpoints, self.run = Checkpoints(folder), json.loads(json.dumps(run))
+        self.saved_at = time.monotonic()
+
+    def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
+        """(epochs done, the tree) of the newest checkpoint; None in a new folder.
+
+        like: of the number of epochs done, the tree that was saved
+        Raises CheckpointError if it is another run's, or damaged.
+        """
+        restored = self.checkpoints.restore(lambda metadata: like(self._epoch(metadata)))
+        return None if restored is None else (self._epoch(restored.metadata), restored.tree)
+
+    def _epoch(self, metadata: dict[str, Any]) -> int:
+        theirs = metadata.get("run", {})
+        for name in (*self.run, *theirs):
+            if self.run.get(name) != theirs.get(name):
+                raise CheckpointError(
+                    f"fit: the checkpoints in {self.checkpoints.folder} are of another run: {name} was "
+                    f"{theirs.get(name)}, and is {self.run.get(name)}. Use another folder or equal arguments."
+                )
+        return metadata["epoch"]
+
+    def save(self, epoch: int, step: int, tree: Any, history: str) -> None:
+        self.checkpoints.save(step, tree, {"epoch": epoch, "run": self.run})
+        with replacing("fit", Path(self.checkpoints.folder) / "history.jsonl") as file:
+            file.write(history.encode())
+        self.saved_at = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.saved_at > SECONDS
+
+
+@contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGTERM has come; meanwhile it ends nothing by itself.
+
+    Only the main thread gets signals; in others the answer is always no.
+    """
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
