@@ -37,7 +37,7 @@ from .arguments import (
 from .params import _outline
 from .progress import progress_bar
 from .rules import RuleLike, check_rule_like
-from .train import Metric, TrainState, train_epoch, train_state
+from .train import Metric, TrainState, epoch_numbers, train_epoch, train_state
 
 
 @dataclass(frozen=True)
@@ -226,17 +226,8 @@ def _member_epoch(cost, optimizer, metrics, batch_size, data, validation, state:
     leaves = [costs, *jax.tree.leaves(state.params)]
     is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()
     params = jax.tree.map(lambda a: jnp.where(is_finite, a, jnp.full_like(a, jnp.nan)), state.params)
-    N = len(data[0])
-    sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
-    # In at least float32, as in `fit`: a mean of bfloat16 costs would show three digits.
-    wide = costs if jnp.finfo(costs.dtype).bits >= 32 else costs.astype(jnp.float32)
-    train = [jnp.sum(wide * jnp.asarray(sizes / N, wide.dtype))]
-    train += [metric(params, *data[:2]) for metric in metrics]
-    held_out = []
-    if validation is not None:
-        held_out = [cost.forward(params, *validation)[0]]
-        held_out += [metric(params, *validation[:2]) for metric in metrics]
-    return state._replace(params=params), (is_finite, train, held_out)
+    numbers = epoch_numbers(cost, metrics, params, costs, data, validation, batch_size)
+    return state._replace(params=params), (is_finite, *numbers)
 
 
 def _chunk_size(params: Any, M: int, members_at_once: Any, where: str) -> int:

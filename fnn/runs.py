@@ -42,7 +42,16 @@ from .params import check_key
 from .progress import progress_bar
 from .resume import RunFolder, fingerprint, terminated
 from .rules import RuleLike, check_rule_like
-from .train import Metric, Record, TrainState, recorded_step, scan_epoch, train_epoch, train_state
+from .train import (
+    Metric,
+    Record,
+    TrainState,
+    epoch_numbers,
+    recorded_step,
+    scan_epoch,
+    train_epoch,
+    train_state,
+)
 
 SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar, rare enough to cost nothing
 EPOCHS, ROW_BYTES = 64, 2**24  # and their largest number, and what their numbers may take in memory
@@ -430,23 +439,10 @@ def _epoch(
     cost, optimizer, metrics, record, batch_size, skips, state, data, validation
 ) -> tuple[TrainState, _Rows]:
     """An epoch and its evaluation."""
-    N = len(data[0])
     if record:
         step = partial(recorded_step, cost, optimizer, record)
         state, (costs, recorded) = scan_epoch(step, state, data, batch_size)
     else:
         (state, costs), recorded = train_epoch(cost, optimizer, state, data, batch_size), []
-    sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
-    # In at least float32: a mean of bfloat16 costs would show three digits.
-    wide = costs if jnp.finfo(costs.dtype).bits >= 32 else costs.astype(jnp.float32)
-    shares = jnp.asarray(sizes / N, wide.dtype)
-    if skips:  # the mean over the examples of the steps that were taken
-        taken = jnp.isfinite(wide)
-        wide, shares = jnp.where(taken, wide, 0), jnp.where(taken, shares, 0) / jnp.sum(shares, where=taken)
-    train = [jnp.sum(wide * shares)]
-    train += [metric(state.params, *data[:2]) for metric in metrics]
-    held_out = []
-    if validation is not None:
-        held_out = [cost.forward(state.params, *validation)[0]]
-        held_out += [metric(state.params, *validation[:2]) for metric in metrics]
-    return state, _Rows(costs, recorded, train, held_out)
+    numbers = epoch_numbers(cost, metrics, state.params, costs, data, validation, batch_size, skips=skips)
+    return state, _Rows(costs, recorded, *numbers)

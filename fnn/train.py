@@ -8,16 +8,18 @@ Optimisers are optax's; the gradient is the cost's own pullback. Where something
 sweep and takes its gradient from that, so that what is recorded is of the very a and δ of the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from .arguments import check_batches, check_optimizer
+from .elementary import widened
 from .params import _outline, check_key, check_not_narrowed
 from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
 from .sweep import Sweep, backprop, mean_gradient
@@ -138,6 +140,37 @@ def shuffle(key: Array, N: int) -> tuple[Array, Array]:
     """The key of the next epoch, and the order of the examples in this one."""
     key, shuffle_key = jax.random.split(key)
     return key, jax.random.permutation(shuffle_key, N)
+
+
+def epoch_numbers(
+    cost: RuleLike,
+    metrics: Sequence[Metric],
+    params: Any,
+    costs: Float[Array, " steps"],
+    data: tuple[Array, ...],
+    validation: tuple[Array, ...] | None,
+    batch_size: int,
+    *,
+    skips: bool = False,
+) -> tuple[list[Array], list[Array]]:
+    """Cost and metrics after an epoch on the training data, and on the validation data if there are any.
+
+    costs: of the epoch's steps; the training cost is their mean over its examples
+    skips: leaves out steps whose cost is not finite
+    """
+    N = len(data[0])
+    sizes = np.minimum(batch_size, N - batch_size * np.arange(len(costs)))
+    # In at least float32: a mean of bfloat16 costs would show three digits.
+    wide = widened(costs)
+    shares = jnp.asarray(sizes / N, wide.dtype)
+    if skips:
+        taken = jnp.isfinite(wide)
+        wide, shares = jnp.where(taken, wide, 0), jnp.where(taken, shares, 0) / jnp.sum(shares, where=taken)
+    train = [jnp.sum(wide * shares), *(metric(params, *data[:2]) for metric in metrics)]
+    if validation is None:
+        return train, []
+    held_out = [cost.forward(params, *validation)[0]]
+    return train, held_out + [metric(params, *validation[:2]) for metric in metrics]
 
 
 def accuracy(net: RuleLike) -> Metric:

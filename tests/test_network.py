@@ -28,6 +28,11 @@ def assert_same(a, b, rtol=1e-13):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-15)
 
 
+def value_and_grad(cost, *argnums):
+    """Compiled: operation by operation, most of a test's time would be compilation."""
+    return jax.jit(fnn.value_and_grad(cost, *argnums))
+
+
 def test_jit_gives_the_same_numbers():
     cost, *args = problem(l2=0.1)
     assert_same(jax.jit(fnn.value_and_grad(cost))(*args), fnn.value_and_grad(cost)(*args))
@@ -36,9 +41,9 @@ def test_jit_gives_the_same_numbers():
 def test_vmap_over_members_gives_each_network_its_own():
     cost, params, X, y = problem(l2=0.1)
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
-    together = jax.vmap(fnn.value_and_grad(cost), in_axes=(0, None, None))(members, X, y)
+    together = jax.vmap(value_and_grad(cost), in_axes=(0, None, None))(members, X, y)
     for i, scale in enumerate((1, 2, -1)):
-        alone = fnn.value_and_grad(cost)(jax.tree.map(lambda p, s=scale: s * p, params), X, y)
+        alone = value_and_grad(cost)(jax.tree.map(lambda p, s=scale: s * p, params), X, y)
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone)
 
 
@@ -47,7 +52,7 @@ def test_vmap_over_penalties():
     net = fnn.mlp([fnn.softmax, fnn.tanh])
 
     def gradient(l2):
-        return fnn.value_and_grad(fnn.cost(net, fnn.half_squared_error, l2=l2))(params, X, y)
+        return value_and_grad(fnn.cost(net, fnn.half_squared_error, l2=l2))(params, X, y)
 
     together = jax.vmap(gradient)(jnp.array([0.0, 0.3]))
     assert_same(jax.tree.map(lambda leaf: leaf[1], together), gradient(0.3))
@@ -56,14 +61,14 @@ def test_vmap_over_penalties():
 
 def test_vmap_over_examples_averages_to_the_batch():
     cost, params, X, y = problem()
-    each = jax.vmap(fnn.value_and_grad(cost), in_axes=(None, 0, 0))(params, X, y)
-    assert_same(jax.tree.map(lambda leaf: leaf.mean(axis=0), each), fnn.value_and_grad(cost)(params, X, y))
+    each = jax.vmap(value_and_grad(cost), in_axes=(None, 0, 0))(params, X, y)
+    assert_same(jax.tree.map(lambda leaf: leaf.mean(axis=0), each), value_and_grad(cost)(params, X, y))
 
 
 def test_single_example_is_a_batch_of_one():
     cost, params, X, y = problem(l2=0.1)
-    C, (gradient, x_bar) = fnn.value_and_grad(cost, (0, 1))(params, X[0], y[0])
-    C_batch, (gradient_batch, X_bar) = fnn.value_and_grad(cost, (0, 1))(params, X[:1], y[:1])
+    C, (gradient, x_bar) = value_and_grad(cost, (0, 1))(params, X[0], y[0])
+    C_batch, (gradient_batch, X_bar) = value_and_grad(cost, (0, 1))(params, X[:1], y[:1])
     assert_same((C, gradient, x_bar), (C_batch, gradient_batch, X_bar[0]))
 
 
@@ -72,7 +77,7 @@ def test_scan_over_batches_equals_the_loop():
     batches = (X.reshape(3, 2, 3), y.reshape(3, 2, 2))
 
     def step(params, batch):
-        C, gradient = fnn.value_and_grad(cost)(params, *batch)
+        C, gradient = value_and_grad(cost)(params, *batch)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), C
 
     by_scan = jax.lax.scan(step, params, batches)
@@ -85,7 +90,7 @@ def test_scan_over_batches_equals_the_loop():
 
 def test_custom_vjp_is_differentiated_by_our_pullback_also_under_checkpoint():
     cost, params, X, y = problem(l2=0.1)
-    ours = fnn.value_and_grad(cost)(params, X, y)
+    ours = value_and_grad(cost)(params, X, y)
     function = fnn.as_custom_vjp(cost)
     assert_same(jax.value_and_grad(function)(params, X, y), ours)
     assert_same(jax.value_and_grad(jax.checkpoint(function))(params, X, y), ours)
@@ -124,7 +129,7 @@ def test_dead_layer_has_zero_gradient_below_and_the_bias_above():
     params = fnn.init(jax.random.key(0), (3, 5, 4, 2))
     params = (params[0], params[1]._replace(b=jnp.full(4, -100.0)), params[2])
     X, y = jax.random.normal(jax.random.key(1), (6, 3)), jnp.ones((6, 2))
-    _, gradient = fnn.value_and_grad(fnn.cost(net, fnn.half_squared_error))(params, X, y)
+    _, gradient = value_and_grad(fnn.cost(net, fnn.half_squared_error))(params, X, y)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient[:2]))
     assert (gradient[2].W == 0).all()
     np.testing.assert_allclose(gradient[2].b, [-1, -1], rtol=1e-15)
@@ -132,10 +137,10 @@ def test_dead_layer_has_zero_gradient_below_and_the_bias_above():
 
 def test_weight_two_is_an_example_seen_twice():
     cost, params, X, y = problem(N=3, reduction="weighted_mean", l2=0.1)
-    twice = fnn.value_and_grad(cost)(params, X[jnp.array([0, 1, 1, 2])], y[jnp.array([0, 1, 1, 2])])
-    weighted = fnn.value_and_grad(cost)(params, X, y, jnp.array([1.0, 2.0, 1.0]))
+    twice = value_and_grad(cost)(params, X[jnp.array([0, 1, 1, 2])], y[jnp.array([0, 1, 1, 2])])
+    weighted = value_and_grad(cost)(params, X, y, jnp.array([1.0, 2.0, 1.0]))
     assert_same(weighted, twice)
-    scaled = fnn.value_and_grad(cost)(params, X, y, jnp.array([0.5, 1.0, 0.5]))
+    scaled = value_and_grad(cost)(params, X, y, jnp.array([0.5, 1.0, 0.5]))
     assert_same(scaled, twice)
 
 
@@ -143,24 +148,24 @@ def test_the_two_weighted_means_differ_by_the_sum_of_weights():
     cost, params, X, y = problem(N=4)
     normalised, *_ = problem(N=4, reduction="weighted_mean")
     w = jnp.array([1.0, 0.0, 3.0, 2.0])
-    C, gradient = fnn.value_and_grad(cost)(params, X, y, w)
+    C, gradient = value_and_grad(cost)(params, X, y, w)
     expected = jax.tree.map(lambda leaf: leaf * 4 / 6, (C, gradient))
-    assert_same(fnn.value_and_grad(normalised)(params, X, y, w), expected)
-    ones = fnn.value_and_grad(normalised)(params, X, y, jnp.ones(4))
-    assert_same(ones, fnn.value_and_grad(cost)(params, X, y))
+    assert_same(value_and_grad(normalised)(params, X, y, w), expected)
+    ones = value_and_grad(normalised)(params, X, y, jnp.ones(4))
+    assert_same(ones, value_and_grad(cost)(params, X, y))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean"])
 def test_batch_of_weight_zero_costs_nothing_and_moves_nothing(reduction):
     cost, params, X, y = problem(reduction=reduction)
-    C, gradient = fnn.value_and_grad(cost)(params, X, y, jnp.zeros(6))
+    C, gradient = value_and_grad(cost)(params, X, y, jnp.zeros(6))
     assert C == 0 and all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_weighted_mean_of_one_example_ignores_its_weight():
     cost, params, X, y = problem(N=1, reduction="weighted_mean")
-    C, (gradient, w_bar) = fnn.value_and_grad(cost, (0, 3))(params, X, y, jnp.array([3.0]))
-    assert_same((C, gradient), fnn.value_and_grad(cost)(params, X, y))
+    C, (gradient, w_bar) = value_and_grad(cost, (0, 3))(params, X, y, jnp.array([3.0]))
+    assert_same((C, gradient), value_and_grad(cost)(params, X, y))
     np.testing.assert_allclose(w_bar, 0, atol=1e-16)
 
 
@@ -168,7 +173,7 @@ def test_penalty_is_half_of_l2_times_the_squared_weights_without_biases():
     _, params, X, y = problem()
     net = fnn.mlp([fnn.softmax, fnn.tanh])
     plain, penalised = (fnn.cost(net, fnn.half_squared_error, l2=l2) for l2 in (0.0, 0.2))
-    (C, g), (C_l2, g_l2) = (fnn.value_and_grad(cost)(params, X, y) for cost in (plain, penalised))
+    (C, g), (C_l2, g_l2) = (value_and_grad(cost)(params, X, y) for cost in (plain, penalised))
     np.testing.assert_allclose(C_l2 - C, 0.1 * sum((W**2).sum() for W, _ in params), rtol=1e-14)
     for layer, with_l2, (W, _) in zip(g, g_l2, params, strict=True):
         np.testing.assert_allclose(with_l2.W - layer.W, 0.2 * W, atol=1e-15)
@@ -232,7 +237,7 @@ def test_a_whole_step_uses_no_autodiff(monkeypatch, standard_promotion):
 def test_agreement_holds_where_the_batch_is_as_large_as_a_width():
     """N = n_1 = n_2: a product with the wrong side transposed would have the right shape."""
     cost, params, X, y = problem(N=4, widths=(4, 4, 4, 4))
-    assert_same(fnn.value_and_grad(cost)(params, X, y), jax.value_and_grad(cost)(params, X, y), rtol=1e-12)
+    assert_same(value_and_grad(cost)(params, X, y), jax.value_and_grad(cost)(params, X, y), rtol=1e-12)
 
 
 def test_gradient_error_stays_within_rounding_on_a_wide_network():

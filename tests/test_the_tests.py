@@ -46,6 +46,8 @@ def planted(tmp_path: Path, file: str = "", old: str = "", new: str = ""):
     # Shape annotations off: numbers have to catch it (and beartype takes the copy's Layer for the original's).
     jaxtyping.config.update("jaxtyping_disable", True)
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fnn"}
+    finders = list(sys.meta_path)
+    sys.meta_path[:] = [f for f in finders if type(f).__module__.partition(".")[0] != "jaxtyping"]
     sys.path.insert(0, str(tmp_path))
     importlib.invalidate_caches()
     try:
@@ -53,6 +55,7 @@ def planted(tmp_path: Path, file: str = "", old: str = "", new: str = ""):
         assert copy.__file__ and Path(copy.__file__).parent == tmp_path / "fnn"
         yield copy
     finally:
+        sys.meta_path[:] = finders
         sys.path.remove(str(tmp_path))
         for name in [name for name in sys.modules if name.partition(".")[0] == "fnn"]:
             del sys.modules[name]
