@@ -39,6 +39,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from multiprocessing.connection import Connection
@@ -272,8 +273,7 @@ def _savez(path: Path, arrays: Arrays) -> None:
 
 
 def _orbax() -> Format:
-    import orbax.checkpoint as orbax
-
+    orbax = import_module("orbax.checkpoint")
     checkpointer = orbax.StandardCheckpointer()
 
     def save(path, arrays):

@@ -81,27 +81,34 @@ def _statistics(layers: Sequence[Float[Array, "N _"]], edges: tuple[float, ...])
 
 
 def _of_layer(x: Float[Array, "N n"], edges: tuple[float, ...]) -> tuple[Array, ...]:
-    size = np.sqrt(x.size).astype(x.dtype)
+    # Squares of numbers far from 1 overflow or vanish: they are summed at three scales, powers of two, and
+    # the largest number says which sum is right. In one pass: for a second, x would have to be kept.
+    bits = jnp.finfo(x.dtype).maxexp
+    scales = [x.dtype.type(2.0**exponent) for exponent in (0, -0.625 * bits, 0.5 * bits)]
     below = [(jnp.abs(x) < x.dtype.type(edge)).astype(jnp.int32) for edge in edges]
-    largest, *counts = _by_rows([jnp.maximum, *[add] * len(below)], [jnp.abs(x), *below])
-    # Of x divided by its largest number no square overflows, and none that matters vanishes.
-    unit = jnp.max(largest)
-    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
-    sums, squares = _by_rows([add, add], [x / unit, (x / unit) ** 2])
-    mean, rms = jnp.sum(sums / size) / size * unit, jnp.sqrt(jnp.sum(squares)) / size * unit
-    dead = jnp.mean(jnp.all(x == 0, axis=0), dtype=x.dtype)
-    shares = jnp.stack(
-        [jnp.int32(0), *(jnp.sum(count, dtype=jnp.int32) for count in counts), jnp.int32(x.size)]
-    )
-    return mean, rms, dead, jnp.diff(shares.astype(x.dtype) / x.size)
+    scaled = [x * scale for scale in scales]
+    sums, squares, counts = [scaled[0], scaled[1]], [part**2 for part in scaled], below
+    operations = [jnp.maximum, *[add] * len([*sums, *squares, *counts])]
+    largest, *totals = _reduced(operations, [jnp.abs(x), *sums, *squares, *counts], axis=1)
+    largest, totals = jnp.max(largest), [jnp.sum(total, dtype=total.dtype) for total in totals]
+    sums, squares, counts = totals[:2], totals[2:5], totals[5:]
+    is_large, is_small = largest > 2.0 ** (0.47 * bits), largest < 2.0 ** (-0.3 * bits)
+    size = x.dtype.type(x.size)
+    mean = jnp.where(is_large, sums[1] / size / scales[1], sums[0] / size)
+    roots = [jnp.sqrt(square / size) / scale for square, scale in zip(squares, scales, strict=True)]
+    rms = jnp.where(is_large, roots[1], jnp.where(is_small, roots[2], roots[0]))
+    (columns,) = _reduced([jnp.maximum], [jnp.abs(x)], axis=0)
+    dead = jnp.mean(columns == 0, dtype=x.dtype)
+    shares = jnp.stack([jnp.int32(0), *counts, jnp.int32(x.size)]).astype(x.dtype) / size
+    return mean, rms, dead, jnp.diff(shares)
 
 
-def _by_rows(operations: Sequence[Any], arrays: Sequence[Array]) -> list[Array]:
-    """Each array reduced along its rows by its operation, sums or maxima, all in one pass.
+def _reduced(operations: Sequence[Any], arrays: Sequence[Array], axis: int) -> list[Array]:
+    """Each array reduced along an axis by its operation, a sum or a maximum of sizes, all in one pass.
 
     Nothing of their size is kept; of a comparison for each edge, `jnp.sum` would keep every one on a CPU.
     """
     starts = [x.dtype.type(0) for x in arrays]
     return jax.lax.reduce(
-        arrays, starts, lambda a, b: [f(x, y) for f, x, y in zip(operations, a, b, strict=True)], (1,)
+        arrays, starts, lambda a, b: [f(x, y) for f, x, y in zip(operations, a, b, strict=True)], (axis,)
     )

@@ -71,6 +71,27 @@ def test_squares_neither_overflow_nor_vanish(size):
     np.testing.assert_allclose(statistics.errors.mean[0], 3.5 * size, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+def test_sizes_are_right_on_either_side_of_every_change_of_scale(dtype):
+    """A number of every power of two that is neither subnormal nor near overflow, beside smaller ones."""
+    info = jnp.finfo(dtype)
+    exponents = np.arange(info.minexp + 8, info.maxexp - 8, max(1, info.maxexp // 64))
+
+    @jax.jit
+    @jax.vmap
+    def of(x):
+        sweep = fnn.Sweep(jnp.zeros(16, dtype), (x,), (x,), jnp.ones(16, dtype), None, (True,))
+        return fnn.layer_statistics(sweep).errors
+
+    parts = np.random.default_rng(0).uniform(0.1, 1, (16, 5))
+    x = np.ldexp(parts[None], exponents[:, None, None]).astype(dtype)
+    got = of(jnp.asarray(x))
+    with np.errstate(all="ignore"):
+        exact = np.ldexp(np.sqrt((parts**2).mean()), exponents), np.ldexp(parts.mean(), exponents)
+    np.testing.assert_allclose(got.rms[:, 0], exact[0], rtol=20 * info.eps)
+    np.testing.assert_allclose(got.mean[:, 0], exact[1], rtol=20 * info.eps)
+
+
 def test_nan_and_inf_are_seen():
     x = jnp.array([[1.0, jnp.nan], [jnp.inf, 0.0]])
     sweep = fnn.Sweep(jnp.zeros(2), (x,), (x[:, :1],), jnp.ones(2), None, (True,))
@@ -95,11 +116,10 @@ def test_all_zero_is_dead_and_single_examples_count_as_a_batch():
         np.testing.assert_allclose(a, b, rtol=1e-13)
 
 
-def test_recording_along_a_run_takes_a_tenth_of_its_memory_at_most(standard_promotion):
+def test_recording_along_a_run_takes_no_memory_but_its_own(standard_promotion):
     """Temporary memory of an epoch as compiled for 784-512-512-10, batch 128, float32; nothing runs.
 
-    Measured: 3.32 MB without and 1.085 times that with statistics recorded in every step (jaxlib 0.10 and
-    0.12). The tenth is one layer's δ, which is held until it has been looked at twice.
+    Measured: 3.33 MB without, 1.007 times that with statistics recorded in every step (jaxlib 0.10 to 0.12).
     """
     cost = fnn.cost(fnn.mlp(fnn.relu), fnn.softmax_cross_entropy_with_integer_labels)
     optimizer = optax.adam(1e-3)
@@ -116,4 +136,4 @@ def test_recording_along_a_run_takes_a_tenth_of_its_memory_at_most(standard_prom
         assert analysis
         return analysis.temp_size_in_bytes
 
-    assert temporary(fnn.layer_statistics) <= 1.1 * temporary()
+    assert temporary(fnn.layer_statistics) <= 1.01 * temporary()
