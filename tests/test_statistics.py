@@ -88,8 +88,8 @@ def test_sizes_are_right_on_either_side_of_every_change_of_scale(dtype):
     got = of(jnp.asarray(x))
     with np.errstate(all="ignore"):
         exact = np.ldexp(np.sqrt((parts**2).mean()), exponents), np.ldexp(parts.mean(), exponents)
-    np.testing.assert_allclose(got.rms[:, 0], exact[0], rtol=20 * info.eps)
-    np.testing.assert_allclose(got.mean[:, 0], exact[1], rtol=20 * info.eps)
+    np.testing.assert_allclose(got.rms[:, 0], exact[0], rtol=20 * float(info.eps))
+    np.testing.assert_allclose(got.mean[:, 0], exact[1], rtol=20 * float(info.eps))
 
 
 def test_nan_and_inf_are_seen():
