@@ -565,12 +565,12 @@ def _read(where: str, path: Path) -> _Contents:
                 raise _damage(where, path, "its bytes are not those that were saved (SHA-256).")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                manifest = json.loads(archive[MANIFEST].tobytes())
+                manifest = json.loads(archive[f"{MANIFEST}.npy"].tobytes())
                 if manifest["format"] != FORMAT:
                     what = f"it has format {manifest['format']}, and this version of fnn reads {FORMAT}."
                     raise _damage(where, path, what)
                 leaves = [_Leaf(l["name"], tuple(l["shape"]), l["dtype"]) for l in manifest["leaves"]]
-                arrays = [archive[leaf.name] for leaf in leaves]
+                arrays = [archive[f"{leaf.name}.npy"] for leaf in leaves]
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: there is no file {path}.") from None
     except _Damage:

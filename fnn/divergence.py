@@ -24,15 +24,17 @@ def explain(
     batch_size: int,
     costs: np.ndarray,
     epoch: int,
+    skips: bool,
 ) -> str:
     """What went wrong in an epoch, at which step, in which quantity first, and what to do.
 
     state: before the epoch
     costs: of its steps
+    skips: whether steps were skipped: then what counts are the parameters, not the costs
     """
-    wrong = np.flatnonzero(~np.isfinite(costs))
+    wrong = np.flatnonzero(~np.isfinite(costs)) if not skips else np.empty(0, int)
     step = int(wrong[0]) if len(wrong) else len(costs) - 1
-    state, batch = _replay(cost, optimizer, state, data, batch_size, step)
+    state, batch, step = _replay(cost, optimizer, state, data, batch_size, step, not len(wrong))
     first = next(_not_finite(cost, optimizer, state, batch), None)
     where = f"at step {step + 1} of {len(costs)}"
     if len(wrong):
@@ -58,17 +60,21 @@ def _replay(
     data: tuple[Array, ...],
     batch_size: int,
     step: int,
-) -> tuple[TrainState, tuple[Array, ...]]:
-    """The state before a step of the epoch, counted from 0, and the step's batch."""
+    by_params: bool,
+) -> tuple[TrainState, tuple[Array, ...], int]:
+    """The state before a step of the epoch, the step's batch, and its number, counted from 0.
+
+    by_params: whether it is the first one after which parameters are not finite, `step` being the last
+    """
     _, order = shuffle(state.key, len(data[0]))
-    batches = [
-        tuple(array[order[i : i + batch_size]] for array in data)
-        for i in range(0, (step + 1) * batch_size, batch_size)
-    ]
     take = jax.jit(partial(train_step, cost, optimizer))
-    for batch in batches[:step]:
-        state, _ = take(state, *batch)
-    return state, batches[step]
+    for i in range(step + 1):
+        batch = tuple(array[order[i * batch_size : (i + 1) * batch_size]] for array in data)
+        after, _ = take(state, *batch)
+        if i == step or (by_params and next(_bad("", after.params), None) is not None):
+            return state, batch, i
+        state = after
+    raise AssertionError("there is a step")
 
 
 def _not_finite(

@@ -27,12 +27,20 @@ SECONDS = 30.0  # between two checkpoints, at least
 
 
 def fingerprint(
-    key: Any, data: Sequence[Array], validation: Sequence[Array] | None, **options: Any
+    cost: Any,
+    params: Any,
+    key: Any,
+    data: Sequence[Array],
+    validation: Sequence[Array] | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with, in words of JSON.
 
-    The data by a checksum; optimisers are told apart by the structure of their state alone.
+    Parameters and data by checksums; a cost by what it prints, or its type if that has an address in memory.
+    Optimisers are told apart by the structure of their state alone, functions by the names that `fit` gets.
     """
+    name = repr(cost) if " at 0x" not in repr(cost) else type(cost).__name__
+    options |= {"cost": name, "params": _checksums(jax.tree.leaves(params))}
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     parts = {"key": np.asarray(key).tolist(), "data": _checksums(data)}
@@ -92,7 +100,13 @@ def terminated() -> Iterator[Callable[[], bool]]:
         yield came.is_set
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    is_handled = False
     try:
         yield came.is_set
+    except SystemExit:
+        is_handled = True
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if came.is_set() and not is_handled:
+            signal.raise_signal(signal.SIGTERM)

@@ -82,16 +82,20 @@ class History:
     skipped: int = 0
 
     def json_lines(self) -> str:
-        """One line of JSON for each epoch: its number, the numbers of both parts, seconds."""
+        """One line of JSON for each epoch: its number, those of both parts, seconds; null for NaN and inf."""
         lines = []
         for i, seconds in enumerate(self.seconds):
             train, held_out = (
-                {name: float(column[i]) for name, column in part.items()}
+                {name: _of_json(column[i]) for name, column in part.items()}
                 for part in (self.train, self.validation)
             )
             line = {"epoch": i + 1, "train": train, "validation": held_out, "seconds": float(seconds)}
             lines.append(json.dumps(line) + "\n")
         return "".join(lines)
+
+
+def _of_json(number: Any) -> float | None:
+    return float(number) if np.isfinite(number) else None
 
 
 class DivergenceError(FloatingPointError):
@@ -119,7 +123,7 @@ class EarlyStopping:
 
     def improves(self, number: float, best: float | None) -> bool:
         if best is None or np.isnan(best):
-            return True
+            return best is None or not np.isnan(number)
         gain = number - best if self.larger_is_better else best - number
         return gain > self.min_delta
 
@@ -168,12 +172,14 @@ def fit(
         arrays, for every step. The gradient is then the sweep's, equal to the cost's up to rounding.
     early_stopping: such as `fnn.EarlyStopping(patience=10)`; `history.params` are then the best ones
     callbacks: functions called after every epoch with an `EpochReport`; one that returns True ends the run
-    on_divergence: "raise" a `DivergenceError`, or "skip" every step whose gradient is not finite, leave it
-        out of the cost's mean, and count it; after 10 in a row it raises all the same
+    on_divergence: "raise" a `DivergenceError`, or "skip" every step whose gradient is not finite, and count
+        it; after 10 in a row it raises all the same. Costs that are not finite are left out of the mean.
     checkpoint: a folder for this run, "runs/a". The run is saved there every half minute, after its last
         epoch and on SIGTERM, which then ends the process with status 143; the same call goes on from there,
         and ends with the bits of a run that was not stopped. `epochs` may be larger then. `history.jsonl`
-        there has a line for each epoch. Callbacks see only the epochs that are run.
+        there has a line for each epoch. Callbacks see only the epochs that are run, and a run that one of
+        them ended is over. Another cost, other parameters or other data are refused; an optimiser of the same
+        structure with another learning rate, and other metrics of the same names, are not noticed.
     progress: show a bar
 
     `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
@@ -222,19 +228,24 @@ def fit(
     numbers = _Numbers(names, tuple(name for name, _ in named_records))
     watches = bool(callbacks) or early_stopping is not None
     best: tuple[int, Any] | None = None
-    epoch, folder = 0, None
+    epoch, folder, stopped = 0, None, False
     if checkpoint is not None:
         run = {"batch_size": batch_size, "numbers": names, "records": numbers.record_names}
         run |= {"on_divergence": on_divergence, "early_stopping": repr(early_stopping)}
-        folder = RunFolder(checkpoint, fingerprint(key, data, validation, **run))
+        folder = RunFolder(checkpoint, fingerprint(cost, params, key, data, validation, **run))
         _, row = jax.eval_shape(run_epoch, state, data, validation)
 
         def like(epoch):
-            return state, params, 0, numbers.like(epoch, row)
+            return state, params, 0, False, numbers.like(epoch, row)
 
         restored = folder.restore(like)
         if restored is not None:
-            epoch, (state, best_params, best_epoch, saved) = restored
+            epoch, (state, best_params, best_epoch, stopped, saved) = restored
+            if epoch > epochs:
+                raise ValueError(
+                    f"fit: {checkpoint} has {epoch} epochs of this run, more than epochs={epochs}; ask for "
+                    "at least as many, or use another folder."
+                )
             numbers.restore(saved)
             best = (best_epoch, best_params) if best_epoch else None
 
@@ -245,10 +256,15 @@ def fit(
     def save():
         if folder is not None:
             best_epoch, best_params = (0, params) if best is None else best
-            tree = state, best_params, best_epoch, numbers.tree()
+            tree = state, best_params, best_epoch, stopped, numbers.tree()
             folder.save(epoch, int(state.step), tree, history(None).json_lines())
 
-    stopped = early_stopping is not None and best is not None and epoch - best[0] >= early_stopping.patience
+    def leave_if_terminated():
+        if is_terminated():
+            save()
+            print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+
     catch = terminated() if folder is not None else nullcontext(lambda: False)
     with progress_bar(epochs, names, show=progress) as show, catch as is_terminated:
         at_once, calls = 1, 0
@@ -261,16 +277,17 @@ def fit(
             numbers.add(rows, good, (time.perf_counter() - start) / int(done))
             if not is_finite:
                 message = explain(
-                    cost, optimizer, before, data, batch_size, rows.costs[good], epoch + good + 1
+                    cost, optimizer, before, data, batch_size, rows.costs[good], epoch + good + 1, skips
                 )
-                raise DivergenceError(message, history(before.params))
+                raise DivergenceError(message, history(before.params if best is None else best[1]))
             for i in range(good):
                 epoch += 1
                 show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1])
             if watches:  # an epoch for each call
                 if early_stopping and numbers.is_best(early_stopping):
                     best = epoch, jax.tree.map(partial(jnp.array, copy=True), state.params)
-                report = numbers.report(int(state.step), state.params)
+                copy = jax.tree.map(partial(jnp.array, copy=True), state.params) if callbacks else None
+                report = numbers.report(int(state.step), copy)
                 stopped = any([callback(report) is True for callback in callbacks])
                 if early_stopping and best and epoch - best[0] >= early_stopping.patience:
                     stopped = True
@@ -278,23 +295,17 @@ def fit(
                 in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
                 at_once = max(1, min(in_time, 2 * at_once, len(rows.costs)))
             calls += 1
-            if is_terminated():
-                save()
-                print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
-                raise SystemExit(128 + signal.SIGTERM)
+            leave_if_terminated()
             if folder is not None and folder.is_due:
                 save()
         if calls:
             save()
+        leave_if_terminated()
     return history(state.params if best is None else best[1])
 
 
-def _skipping(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    return _skippers(optimizer)
-
-
 @lru_cache(maxsize=16)  # one for each optimiser, so that equal runs are compiled once
-def _skippers(optimizer):
+def _skipping(optimizer):
     return optax.apply_if_finite(optimizer, SKIPPED_IN_A_ROW)
 
 

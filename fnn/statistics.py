@@ -92,7 +92,7 @@ def _of_layer(x: Float[Array, "N n"], edges: tuple[float, ...]) -> tuple[Array, 
     largest, *totals = _reduced(operations, [jnp.abs(x), *sums, *squares, *counts], axis=1)
     largest, totals = jnp.max(largest), [jnp.sum(total, dtype=total.dtype) for total in totals]
     sums, squares, counts = totals[:2], totals[2:5], totals[5:]
-    is_large, is_small = largest > 2.0 ** (0.47 * bits), largest < 2.0 ** (-0.3 * bits)
+    is_large, is_small = largest > 2.0 ** (0.3 * bits), largest < 2.0 ** (-0.3 * bits)
     size = x.dtype.type(x.size)
     mean = jnp.where(is_large, sums[1] / size / scales[1], sums[0] / size)
     roots = [jnp.sqrt(square / size) / scale for square, scale in zip(squares, scales, strict=True)]

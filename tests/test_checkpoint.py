@@ -339,6 +339,12 @@ def test_other_files_are_refused(path, tmp_path):
         fnn.load(tmp_path)
 
 
+def test_names_that_end_like_members_are_kept_apart(path):
+    tree = {"a": np.zeros(2), "a.npy": np.ones(2)}
+    fnn.save(path, tree)
+    assert_same(fnn.load(path, like=tree), tree)
+
+
 def test_a_newer_format_is_named(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     fnn.save(path, [1.0])

@@ -110,6 +110,29 @@ def test_sigterm_saves_and_ends_with_its_status(tmp_path, capsys):
     assert_same_run(resumed, fit(cost, ADAM, params, data, epochs=9))
 
 
+def test_sigterm_at_the_last_save_is_not_lost(tmp_path, monkeypatch):
+    cost, params, data = problem()
+    save = resume.RunFolder.save
+
+    def slow(self, *args):
+        save(self, *args)
+        if args[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(resume.RunFolder, "save", slow)
+    with pytest.raises(SystemExit) as exit:
+        fit(cost, ADAM, params, data, epochs=3, checkpoint=tmp_path)
+    assert exit.value.code == 143
+
+
+def test_a_run_that_a_callback_ended_is_over(tmp_path):
+    cost, params, data = problem()
+    options = dict(epochs=9, callbacks=[lambda report: report.epoch == 3], checkpoint=tmp_path)
+    ended = fit(cost, ADAM, params, data, **options)
+    assert_same_run(fit(cost, ADAM, params, data, **options), ended)
+    assert len(ended.seconds) == 3
+
+
 def test_damaged_checkpoint_is_passed_over_and_the_bits_are_the_same(tmp_path):
     cost, params, data = problem()
     with pytest.raises(Stopped):
@@ -137,6 +160,15 @@ def another(**changes):
 
 
 OTHER = {
+    "cost": (
+        lambda: another(cost=fnn.cost(problem()[0].net, problem()[0].loss, l2=10.0)),
+        r"another run: cost was .*l2=0.0001.*l2=10",
+    ),
+    "parameters": (
+        lambda: another(params=jax.tree.map(lambda x: x + 1, problem()[1])),
+        r"another run: params was",
+    ),
+    "epochs, fewer": (lambda: another(epochs=1), r"has 2 epochs of this run, more than epochs=1"),
     "data": (lambda: another(data=problem(N=38)[2]), r"another run: data was \[.*\], and is"),
     "one number of the data": (
         lambda: another(data=(problem()[2][0].at[3, 1].add(1e-9), problem()[2][1])),
@@ -155,7 +187,7 @@ OTHER = {
     "optimiser": (lambda: another(optimizer=optax.sgd(0.1)), r"differ; .*optimizer_state"),
     "network": (
         lambda: another(params=fnn.init(jax.random.key(1), (3, 8, 5, 2), dtype="float64")),
-        r"differ; W of layer 2 .*file \(6, 8\), like \(5, 8\)",
+        r"another run: params was",
     ),
 }
 
@@ -166,7 +198,7 @@ def test_checkpoints_of_another_run_are_refused(name, tmp_path):
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     options, message = OTHER[name]
     with pytest.raises(ValueError, match=message):
-        fit(**options(), epochs=4, checkpoint=tmp_path)
+        fit(**(dict(epochs=4) | options()), checkpoint=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 

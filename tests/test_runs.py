@@ -58,6 +58,9 @@ def test_callbacks_see_every_epoch_and_may_end_the_run():
         assert report.train == {name: column[i] for name, column in history.train.items()}
         assert report.validation == {name: column[i] for name, column in history.validation.items()}
     assert_equal(reports[-1].params, history.params)
+    kept = []
+    fit(cost, ADAM, params, data, epochs=2, callbacks=[kept.append])
+    assert np.isfinite(kept[0].params[0].W).all() and (kept[0].params[0].W != kept[1].params[0].W).any()
     assert_equal(history.params, fit(cost, ADAM, params, data, epochs=3).params)
     # What is true but not True goes on.
     assert len(fit(cost, ADAM, params, data, epochs=2, callbacks=[lambda report: 1]).seconds) == 2
@@ -86,6 +89,16 @@ def test_early_stopping_without_validation_looks_at_training_and_small_gains_do_
     assert history.best_epoch == 1 and len(history.seconds) == 3
     never = fit(cost, ADAM, params, data, epochs=5, early_stopping=fnn.EarlyStopping(patience=50))
     assert never.best_epoch == 5 and len(never.seconds) == 5
+
+
+def test_divergence_after_the_best_epoch_keeps_the_best():
+    cost, params, data = problem()
+    blows_up = optax.sgd(optax.piecewise_constant_schedule(0.1, {17: 1e300}))  # in the fourth epoch
+    with pytest.raises(fnn.DivergenceError, match="in epoch 4") as error:
+        fit(cost, blows_up, params, data, epochs=9, early_stopping=fnn.EarlyStopping(min_delta=1e3))
+    history = error.value.history
+    assert history.best_epoch == 1 and len(history.seconds) == 3
+    assert_equal(history.params, fit(cost, blows_up, params, data, epochs=1).params)
 
 
 def test_history_as_json_lines():
@@ -139,7 +152,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(value):
 def test_skipping_gives_up_where_every_step_fails():
     cost, params, data = poisoned(11)
     always = fnn.Rule(cost.forward, lambda residuals, C_bar: cost.pullback(residuals, C_bar * jnp.nan))
-    with pytest.raises(fnn.DivergenceError, match=r"in epoch 3 .*First not finite there: params"):
+    with pytest.raises(fnn.DivergenceError, match=r"epoch 3 the parameters became .* at step 1 of 5\."):
         fit(always, ADAM, params, data, epochs=30, on_divergence="skip")
 
 

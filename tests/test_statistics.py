@@ -83,7 +83,7 @@ def test_sizes_are_right_on_either_side_of_every_change_of_scale(dtype):
         sweep = fnn.Sweep(jnp.zeros(16, dtype), (x,), (x,), jnp.ones(16, dtype), None, (True,))
         return fnn.layer_statistics(sweep).errors
 
-    parts = np.random.default_rng(0).uniform(0.1, 1, (16, 5))
+    parts = np.random.default_rng(0).uniform(0.1, 1, (16, 500))
     x = np.ldexp(parts[None], exponents[:, None, None]).astype(dtype)
     got = of(jnp.asarray(x))
     with np.errstate(all="ignore"):
