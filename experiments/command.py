@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import tyro
 from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 class Flags:
     """The flags of every experiment. An experiment adds its own in a subclass."""
 
+    formats: ClassVar[tuple[str, ...]] = FORMATS
     seed: int = 0
     """Decides everything that is random."""
     output: Annotated[
@@ -32,7 +33,18 @@ class Flags:
         """Raises ValueError unless every flag has a value that can work."""
         # A larger seed would be cut to 32 bits in silence: jax.random.key(2**32) is key(0).
         expect("--seed", "an integer from 0 to 2**32 - 1", self.seed, 0 <= self.seed < 2**32)
-        expect_file("--output", FORMATS, self.output)
+        expect_file("--output", self.formats, self.output)
+
+
+@dataclass(frozen=True)
+class TableFlags(Flags):
+    """Those of an experiment that writes a table."""
+
+    formats: ClassVar[tuple[str, ...]] = (".txt",)
+    output: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: beside the script)")
+    ] = None
+    """Where the table goes: .txt."""
 
 
 F = TypeVar("F", bound=Flags)
@@ -59,6 +71,28 @@ def main(
         that it never replaces the real one.
     run: prints what it finds and returns the figure
     """
+    flags, output = _read(script, flags_type, ".png", args)
+    try:
+        figure = run(flags)
+    except fnn.DivergenceError as error:
+        raise SystemExit(f"{Path(script).stem}: {error}") from None
+    figure.savefig(output)
+    print(f"Figure:   {os.path.relpath(output)}")
+
+
+def table_main(
+    script: str, flags_type: type[F], run: Callable[[F], str], args: Sequence[str] | None = None
+) -> None:
+    """As `main`, for an experiment that returns a table as text: it is printed, and written to a file."""
+    flags, output = _read(script, flags_type, ".txt", args)
+    text = run(flags)
+    print(text)
+    output.write_text(text, encoding="utf-8")
+    print(f"Table:    {os.path.relpath(output)}")
+
+
+def _read(script: str, flags_type: type[F], suffix: str, args: Sequence[str] | None) -> tuple[F, Path]:
+    """The flags, and where the result goes; a wrong flag ends the program."""
     path = Path(script)
     flags = tyro.cli(flags_type, args=args, prog=f"python -m experiments.{path.stem}")
     try:
@@ -66,10 +100,4 @@ def main(
     except ValueError as error:
         print(f"{path.stem}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    try:
-        figure = run(flags)
-    except fnn.DivergenceError as error:
-        raise SystemExit(f"{path.stem}: {error}") from None
-    output = flags.output or path.with_name(f"{path.stem}{'_quick' * flags.quick}.png")
-    figure.savefig(output)
-    print(f"Figure:   {os.path.relpath(output)}")
+    return flags, flags.output or path.with_name(f"{path.stem}{'_quick' * flags.quick}{suffix}")

@@ -44,15 +44,14 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
 import fnn
-from experiments.command import Flags as CommonFlags
-from experiments.command import expect, expect_file
+from experiments import command
+from experiments.command import expect
 from fnn.tables import aligned
 
 SIZES = (10, 1_000, 30_000, 300_000)  # numbers of 8 bytes in the states that are saved
@@ -63,21 +62,16 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Flags(CommonFlags):
+class Flags(command.TableFlags):
     """Kills, flipped bits and full disks, and what checkpoints make of them."""
 
-    output: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: beside the script)")
-    ] = None
-    """Where the table goes: .txt."""
     kills: int = 1000
     """Processes that are killed while they save."""
     flips: int = 10_000
     """Bits that are flipped, one at a time."""
 
     def check(self) -> None:
-        expect("--seed", "an integer from 0 to 2**32 - 1", self.seed, 0 <= self.seed < 2**32)
-        expect_file("--output", (".txt",), self.output)
+        super().check()
         expect("--kills", "an integer of at least 1", self.kills, self.kills >= 1)
         expect("--flips", "an integer of at least 1", self.flips, self.flips >= 1)
 
@@ -470,18 +464,7 @@ def run(flags: Flags) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    path = Path(__file__)
-    flags = tyro.cli(Flags, args=args, prog=f"python -m experiments.{path.stem}")
-    try:
-        flags.check()
-    except ValueError as error:
-        print(f"{path.stem}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    text = run(flags)
-    print(text)
-    output = flags.output or path.with_name(f"{path.stem}{'_quick' * flags.quick}.txt")
-    output.write_text(text, encoding="utf-8")
-    print(f"Table:    {os.path.relpath(output)}")
+    command.table_main(__file__, Flags, run, args)
 
 
 if __name__ == "__main__":

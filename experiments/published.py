@@ -21,8 +21,6 @@ is not the last; that of hyp1f1 and hyp2f1 in a is 0 for a = 0, and that of expn
 The table goes to published.txt beside the script, with a line that shows each finding, and the versions.
 """
 
-import os
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +29,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.special as special
 import numpy as np
 import optax
-import tyro
 
 import fnn
-from experiments.command import Flags as CommonFlags
-from experiments.command import expect, expect_file
+from experiments import command
 from fnn.inside import replaced
 from fnn.tables import aligned
 
@@ -53,17 +48,8 @@ RIGHT, KINK, LOSES, WRONG = "right", "right, kink", "loses digits", "WRONG"
 
 
 @dataclass(frozen=True)
-class Flags(CommonFlags):
+class Flags(command.TableFlags):
     """The flags of this experiment."""
-
-    output: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: beside the script)")
-    ] = None
-    """Where the table goes: .txt."""
-
-    def check(self) -> None:
-        expect("--seed", "an integer from 0 to 2**32 - 1", self.seed, 0 <= self.seed < 2**32)
-        expect_file("--output", (".txt",), self.output)
 
 
 class Found(NamedTuple):
@@ -674,18 +660,7 @@ def run(flags: Flags) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    path = Path(__file__)
-    flags = tyro.cli(Flags, args=args, prog=f"python -m experiments.{path.stem}")
-    try:
-        flags.check()
-    except ValueError as error:
-        print(f"{path.stem}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    text = run(flags)
-    print(text)
-    output = flags.output or path.with_name(f"{path.stem}{'_quick' * flags.quick}.txt")
-    output.write_text(text, encoding="utf-8")
-    print(f"Table:    {os.path.relpath(output)}")
+    command.table_main(__file__, Flags, run, args)
 
 
 if __name__ == "__main__":

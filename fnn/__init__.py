@@ -46,6 +46,10 @@ from .graphs import Node as Node
 from .graphs import Wire as Wire
 from .graphs import graph as graph
 from .graphs import node as node
+from .history import DivergenceError as DivergenceError
+from .history import EarlyStopping as EarlyStopping
+from .history import EpochReport as EpochReport
+from .history import History as History
 from .loss_hessians import loss_hessian_product as loss_hessian_product
 from .loss_hessians import loss_hessian_root as loss_hessian_root
 from .losses import binary_cross_entropy as binary_cross_entropy
@@ -93,10 +97,6 @@ from .rules import RuleLike as RuleLike
 from .rules import as_custom_jvp as as_custom_jvp
 from .rules import as_custom_vjp as as_custom_vjp
 from .rules import value_and_grad as value_and_grad
-from .runs import DivergenceError as DivergenceError
-from .runs import EarlyStopping as EarlyStopping
-from .runs import EpochReport as EpochReport
-from .runs import History as History
 from .runs import fit as fit
 from .statistics import LayerStatistics as LayerStatistics
 from .statistics import Statistics as Statistics

@@ -6,8 +6,8 @@ members see the same data, each in an order of its own, and any hyperparameter t
 
 An epoch is one program: a loop over chunks of members, and in each chunk `jax.vmap` of `train_epoch`, which
 turns the products of a step into batched ones. A chunk is read from the state and written back in place:
-beside a state of 3.5 MiB, of 64 networks 64-64-10 under Adam, 8 at once need 0.8 MiB, where `jax.lax.map`
-needs 4.4. The data are there once.
+beside a state of 3.5 MiB, of 64 networks 64-64-10 under Adam, 8 at once need 0.8 MiB
+(experiments/benchmarks/ensembles.py). The data are there once.
 """
 
 import time

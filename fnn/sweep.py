@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from .elementary import matmul, scaled, widened
 from .feedback import DirectFeedback, check_feedback
-from .params import Layer, Params, check_params
+from .params import Layer, Params
 from .rules import RuleLike
 
 
@@ -86,9 +86,8 @@ def backprop(
             f"backprop: cost needs to be made by fnn.cost, of a network made by fnn.mlp; got {cost!r}. "
             "For any other rule call its forward and pullback."
         )
-    check_params("backprop", params)
-    check_feedback(params, feedback)
     _, residuals = cost.forward(params, X, y, sample_weight)
+    check_feedback(params, feedback)
     losses = residuals.losses
     # The error of an example's own loss: its adjoint starts from ∂C_n/∂C_n = 1.
     A_bar, *_ = cost.loss.pullback(residuals.loss, jnp.ones_like(losses))

@@ -1,7 +1,5 @@
 """Steps fall with the batch size down to a floor; the variance of a batch's gradient is the theory's."""
 
-import contextlib
-import io
 import re
 from functools import partial
 from itertools import combinations
@@ -15,17 +13,13 @@ import pytest
 import fnn
 from experiments import batch_size, digits
 from experiments.batch_size import EVERY, QUICK_SIZES, RATES, N, Noise, Result
+from tests.quick import quick_run
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its result, what it prints, and its figure."""
-    figure, results, out = tmp_path_factory.mktemp("quick") / "figure.png", [], io.StringIO()
-    measure = batch_size.measure
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(batch_size, "measure", lambda flags: results.append(measure(flags)) or results[-1])
-        batch_size.main(["--quick", "--output", str(figure)])
-    return results[0], out.getvalue(), figure
+    return quick_run(batch_size, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")

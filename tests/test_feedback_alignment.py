@@ -1,7 +1,5 @@
 """Angles are those of known vectors, F = W is backpropagation to the last bit, and random feedback aligns."""
 
-import contextlib
-import io
 import re
 
 import jax
@@ -25,6 +23,7 @@ from experiments.feedback_alignment import (
     Outcome,
     Runs,
 )
+from tests.quick import quick_run
 
 TINY = (3, 6, 5, 4)
 
@@ -32,16 +31,8 @@ TINY = (3, 6, 5, 4)
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its outcomes, what it prints, and its figure."""
-    figure, results, out = tmp_path_factory.mktemp("quick") / "figure.png", [], io.StringIO()
-    measure = experiment.measure
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        patch.setattr(experiment, "measure", lambda flags: results.append(measure(flags)) or results[-1])
-        experiment.main(["--quick", "--output", str(figure)])
-    return results[0], out.getvalue(), figure
+    with jax.numpy_dtype_promotion("standard"):
+        return quick_run(experiment, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")

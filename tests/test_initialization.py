@@ -1,7 +1,5 @@
 """Signals grow or fade as the theory of wide layers says, and networks learn where they get through."""
 
-import contextlib
-import io
 from functools import partial
 from math import inf, log, pi, sqrt
 
@@ -13,6 +11,7 @@ import pytest
 import fnn
 from experiments import initialization
 from experiments.initialization import ACTIVATIONS, LAYERS, STARTS, last_costs, normal_mean, predict
+from tests.quick import quick_run
 
 NAMES = list(STARTS)
 
@@ -20,12 +19,7 @@ NAMES = list(STARTS)
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its result, what it prints, and its figure."""
-    path, results, out = tmp_path_factory.mktemp("quick") / "figure.png", [], io.StringIO()
-    measure = initialization.measure
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(initialization, "measure", lambda flags: results.append(measure(flags)) or results[-1])
-        initialization.main(["--quick", "--output", str(path)])
-    return results[0], out.getvalue(), path
+    return quick_run(initialization, tmp_path_factory.mktemp("quick"))
 
 
 def fluctuation(activation, q, backward):

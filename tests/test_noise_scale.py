@@ -1,7 +1,5 @@
 """The fit finds the constants of made-up runs; the estimates are the truth on average, and divided once."""
 
-import contextlib
-import io
 import re
 from itertools import combinations
 
@@ -14,6 +12,7 @@ import pytest
 import fnn
 from experiments import batch_size, digits, noise_scale
 from experiments.noise_scale import MEASURED, QUICK_SIZES, QUICK_TARGETS, Check, N, Parts, Target
+from tests.quick import quick_run
 
 # 1 to 1437, B_crit of the made-up runs well inside.
 SIZES = np.array([1, 4, 16, 64, 256, N])
@@ -22,16 +21,9 @@ SIZES = np.array([1, 4, 16, 64, 256, N])
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its check, its targets, what it prints, and its figure."""
-    figure, results, out = tmp_path_factory.mktemp("quick") / "figure.png", [], io.StringIO()
-    measure = noise_scale.measure
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        patch.setattr(noise_scale, "measure", lambda flags: results.append(measure(flags)) or results[-1])
-        noise_scale.main(["--quick", "--output", str(figure)])
-    return *results[0], out.getvalue(), figure
+    with jax.numpy_dtype_promotion("standard"):
+        results, *rest = quick_run(noise_scale, tmp_path_factory.mktemp("quick"))
+    return *results, *rest
 
 
 @pytest.mark.parametrize("S_min, E_min", ((30.0, 2700.0), (5.0, 20.0), (800.0, 1e6)))

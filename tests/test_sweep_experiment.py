@@ -1,7 +1,5 @@
 """Members are rates by seeds, each as if alone; the best rate, the range and the times are right."""
 
-import contextlib
-import io
 import re
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import fnn
 from experiments import digits, sweep
 from experiments.sweep import QUICK_EPOCHS, QUICK_RATES, QUICK_SEEDS, Flags, Result
+from tests.quick import quick_run
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -20,13 +19,8 @@ EPS = float(np.finfo(np.float32).eps)
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its result, what it prints, and its figure."""
-    figure, results, out = tmp_path_factory.mktemp("quick") / "figure.png", [], io.StringIO()
-    measure = sweep.measure
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(sweep, "measure", lambda flags: results.append(measure(flags)) or results[-1])
-        with jax.numpy_dtype_promotion("standard"):
-            sweep.main(["--quick", "--output", str(figure)])
-    return results[0], out.getvalue(), figure
+    with jax.numpy_dtype_promotion("standard"):
+        return quick_run(sweep, tmp_path_factory.mktemp("quick"))
 
 
 def made_up() -> Result:
