@@ -24,8 +24,13 @@ from .check import check_gradient, check_value_and_gradient
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fnn", description="Checks a gradient against autodiff.")
-    check = parser.add_subparsers(dest="command", required=True).add_parser("check", help="is it right?")
+    words: dict[str, Any] = {
+        "description": __doc__,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = argparse.ArgumentParser(prog="python -m fnn", **words)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    check = commands.add_parser("check", help="a gradient against autodiff", **words)
     check.add_argument("f", help="package.module:f, or a file that defines f, gradient and args")
     check.add_argument("gradient", nargs="?", help="package.module:gradient")
     check.add_argument(
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--dtype", default="float32", help="of the arguments (default: float32)")
     check.add_argument("--argnums", default="0", help="of the differentiated arguments: 0 or 0,2")
     check.add_argument("--value", action="store_true", help="the function returns (value, gradient)")
-    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--seed", type=int, default=0, help="of the arguments and the check (default: 0)")
     check.add_argument("--json", action="store_true", help="the report as JSON")
     flags = parser.parse_args(argv)
     sys.path.insert(0, str(Path.cwd()))

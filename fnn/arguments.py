@@ -4,7 +4,8 @@ Shapes and dtypes are checked wherever code is traced. Values can only be looked
 labels out of range, numbers that JAX would narrow in silence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import index
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array
 from .losses import check_labels
 from .params import Layer, _outline, check_not_narrowed, is_count
 from .rules import accepts, check_rule_like
+from .sharding import Layout
 from .sweep import backprop
 
 
@@ -56,6 +58,15 @@ def check_params_values(params: Any) -> Any:
 
 def check_data(name: str, data: Any, cost: Any, params: Any) -> tuple[Array, ...]:
     """The arrays on the device, after checking their values on the host."""
+    check_form(name, data)
+    arrays = tuple(jnp.asarray(array) for array in data)
+    check_fits(name, arrays, cost, params)
+    check_numbers(name, data, cost, params)
+    return arrays
+
+
+def check_form(name: str, data: Any) -> None:
+    """Raises unless these are arrays of one row for each example, of values that JAX has; no tracing."""
     if not isinstance(data, tuple | list) or len(data) not in (2, 3):
         got = f"{len(data)} of them" if isinstance(data, tuple | list) else type(data).__name__
         raise TypeError(f"fit: {name} needs to be (X, y) or (X, y, sample_weight), got {got}.")
@@ -78,23 +89,26 @@ def check_data(name: str, data: Any, cost: Any, params: Any) -> tuple[Array, ...
         raise ValueError(f"fit: {name} is empty, X {data[0].shape}; it needs at least one example.")
     for part, array in zip(names, data, strict=False):
         check_values(part, array)
-    arrays = tuple(jnp.asarray(array) for array in data)
-    arguments = ("params", "X", "y", "sample_weight")[: 1 + len(data)]
+
+
+def check_fits(name: str, arrays: Any, cost: Any, params: Any) -> None:
+    """Raises unless the cost takes arrays of these shapes and dtypes."""
+    arguments = ("params", "X", "y", "sample_weight")[: 1 + len(arrays)]
     check_rule_like("fit: cost", cost, *arguments, such_as="fnn.cost(net, loss)")
-    of_network = hasattr(cost, "loss") and isinstance(params, tuple) and isinstance(params[-1], Layer)
-    if of_network and arrays[0].ndim == 1:  # one example for the network, many rows for the shuffle
+    if _of_network(cost, params) and arrays[0].ndim == 1:  # one example for it, many rows for the shuffle
         raise ValueError(
             f"fit: X of {name} needs shape (N, n_0), examples as rows; got {arrays[0].shape}. "
             "Did you mean X[:, None]?"
         )
-    try:
-        # Shapes and dtypes first: labels of the wrong shape have no values to speak of.
+    with _about(name):
         check_scalar("cost", lambda *batch: cost.forward(*batch)[0], params, arrays)
-        if of_network:
+
+
+def check_numbers(name: str, data: Any, cost: Any, params: Any) -> None:
+    """Raises unless labels are classes of the network and weights are weights. Their shapes have to fit."""
+    if _of_network(cost, params):
+        with _about(name):
             check_labels(cost.loss, np.asarray(data[1]), params[-1].W.shape[0])
-    except (TypeError, ValueError) as error:
-        error.add_note(f"This is about the {name} given to fit.")
-        raise
     if len(data) == 3:
         weights = np.asarray(data[2])
         if (weights < 0).any() or not weights.any():
@@ -102,7 +116,19 @@ def check_data(name: str, data: Any, cost: Any, params: Any) -> tuple[Array, ...
                 f"fit: sample_weight of {name} needs to be at least 0, and not 0 for every example; "
                 f"got numbers from {weights.min()} to {weights.max()}."
             )
-    return arrays
+
+
+def _of_network(cost: Any, params: Any) -> bool:
+    return hasattr(cost, "loss") and isinstance(params, tuple) and isinstance(params[-1], Layer)
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error.add_note(f"This is about the {name} given to fit.")
+        raise
 
 
 def check_values(what: str, array: Any) -> None:
@@ -198,6 +224,21 @@ def check_metrics(metrics: Any) -> tuple[tuple[str, Callable[..., Array]], ...]:
     return tuple(metrics.items())
 
 
+def check_on_divergence(value: Any) -> None:
+    if value not in ("raise", "skip"):
+        raise ValueError(f'fit: on_divergence needs to be "raise" or "skip", got {value!r}.')
+
+
+def check_layout(where: str, layout: Any) -> None:
+    if layout is None:
+        return
+    if not isinstance(layout, Layout):
+        raise TypeError(
+            f"{where}: layout needs to be one such as fnn.data_parallel() makes; got {_outline(layout)}."
+        )
+    check_hashable("layout", layout)
+
+
 def check_callbacks(callbacks: Any) -> None:
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(
@@ -210,9 +251,7 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
-def check_record(
-    record: Any, cost: Any, params: Any, data: Sequence[Array], batch_size: int
-) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+def check_record(record: Any) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
     if record is None or record == {}:
         return ()
     named = isinstance(record, Mapping) and all(isinstance(name, str) for name in record)
@@ -221,20 +260,29 @@ def check_record(
             "fit: record needs to be a dict of name -> function of a sweep, such as "
             f'{{"norms": fnn.example_norms}}; got {record!r}.'
         )
-    sizes = {batch_size, len(data[0]) % batch_size or batch_size}  # of full batches, and of a short last one
     for name, function in record.items():
         check_hashable(f"the function {name!r} of record", function)
+    return tuple(record.items())
+
+
+def check_recorded_shapes(
+    record: Sequence[tuple[str, Any]], cost: Any, params: Any, data: Sequence[Any], sizes: Sequence[int]
+) -> None:
+    """Raises unless batches of these sizes give equal shapes.
+
+    data: arrays, or their shapes, whose first axis is that of the examples
+    """
+    for name, function in record:
         rows = []
         for size in sizes:
             batch = [jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype) for array in data]
             rows.append(jax.eval_shape(lambda *args: function(backprop(cost, *args)), params, *batch))
         if len(set(map(str, rows))) > 1:
             raise ValueError(
-                f"fit: the function {name!r} of record needs to return equal shapes for every batch, but the "
-                f"last one has {min(sizes)} examples, the others {max(sizes)}. Use a batch_size that divides "
-                f"N = {len(data[0])}, or record a mean or a quantile."
+                f"fit: the function {name!r} of record needs to return equal shapes for every batch, but one "
+                f"batch has {min(sizes)} examples, another {max(sizes)}. Use a batch_size that divides the "
+                "number of examples, or record a mean or a quantile."
             )
-    return tuple(record.items())
 
 
 def check_scalar(what: str, function: Any, params: Any, data: Sequence[Array]) -> None:

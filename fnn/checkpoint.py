@@ -18,43 +18,24 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from .files import make_folder, replacing
-from .params import Layer, Params, _outline, check_not_narrowed, check_params, is_count
+from .leaves import MANIFEST, Leaf, as_like, leaf_of, named_leaves, place, stored
+from .params import Layer, Params, _outline, check_params, is_count
 
 FORMAT = 1
-MANIFEST = "__manifest__"
-ALONE = "array"  # the name of a tree that is a single leaf
-MAX_NAME = 60_000  # bytes; zip has room for 65,535
 DIGEST = 64  # bytes, SHA-256 in hexadecimal
+STEP = r"step-([0-9]{8}|[1-9][0-9]{8,})"  # a name in a folder, of files with .npz behind it
 
-_OF_NUMPY = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
-)
-_OTHERS = (
-    "bfloat16 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 "
-    "float8_e5m2fnuz float8_e8m0fnu float6_e2m3fn float6_e3m2fn float4_e2m1fn "
-    "int1 int2 int4 uint1 uint2 uint4"
-)
-_PYTHON = {"bool": np.bool, "int": np.int64, "float": np.float64, "complex": np.complex128}
-# The dtype's name in the manifest -> its bits in memory; those of JAX's dtypes that this version of it has.
-_DTYPES = {
-    **{name: np.dtype(name) for name in _OF_NUMPY.split()},
-    **{name: np.dtype(getattr(jnp, name)) for name in _OTHERS.split() if hasattr(jnp, name)},
-    **{f"Python {name}": np.dtype(dtype) for name, dtype in _PYTHON.items()},
-}
-_KEY = re.compile(r"key<(\w+)>")
-_STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.npz")
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -84,7 +65,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     >>> [layer.W.shape for layer in fnn.load(path)]
     [(128, 64), (10, 128)]
     """
-    path = _checked_path("save", path)
+    path = checked_path("save", path)
     _save("save", path, tree, None, {})
 
 
@@ -106,7 +87,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     >>> fnn.load(path, like=state).params[0].W.shape
     (3, 4)
     """
-    path = _checked_path("load", path)
+    path = checked_path("load", path)
     contents = _read("load", path)
     return _params("load", path, contents) if like is None else _filled("load", path, contents, like)
 
@@ -135,7 +116,7 @@ class Checkpoints:
     keep: int = field(default=3, kw_only=True)
 
     def __post_init__(self):
-        _checked_path("Checkpoints", self.folder)
+        checked_path("Checkpoints", self.folder)
         if not is_count(self.keep):
             raise ValueError(f"Checkpoints: keep needs to be an integer of at least 1, got {self.keep!r}.")
 
@@ -145,14 +126,14 @@ class Checkpoints:
         step: an integer of at least 0, Python's or an array's
         metadata: what JSON has: a dict of strings, numbers, None, lists and dicts
         """
-        where, step = "Checkpoints.save", _checked_step("Checkpoints.save", step)
+        where, step = "Checkpoints.save", checked_step("Checkpoints.save", step)
         self._write(where, self._path(step), tree, step, metadata)
         for old in [other for other in self.steps() if other <= step][: -self.keep]:
             self._path(old).unlink(missing_ok=True)
 
     def save_best(self, step: Any, tree: Any, metadata: Mapping[str, Any] | None = None) -> None:
         """Saves the tree as `best.npz` in place of the one before; it stays whatever `save` removes."""
-        where, step = "Checkpoints.save_best", _checked_step("Checkpoints.save_best", step)
+        where, step = "Checkpoints.save_best", checked_step("Checkpoints.save_best", step)
         self._write(where, self._best, tree, step, metadata)
 
     def restore(self, like: Any) -> Restored | None:
@@ -163,28 +144,19 @@ class Checkpoints:
         A damaged one is passed over with a warning. Raises CheckpointError if all are, or if the newest
         undamaged one is of another structure.
         """
-        while True:
-            steps, damages, gone = self.steps(), [], False
-            for step in reversed(steps):
-                try:
-                    restored = self._restored("Checkpoints.restore", self._path(step), step, like)
-                except FileNotFoundError:  # another process has saved and removed it since
-                    gone = True
-                except _Damage as damage:
-                    damages.append(damage)
-                else:
-                    for damage in damages:
-                        warnings.warn(f"{damage} Passed over for step {restored.step}.", stacklevel=2)
-                    return restored
-            if not gone:
-                break
-        if not steps:
-            return None
-        best = " There is best.npz: restore_best." if self._best.is_file() else ""
-        raise CheckpointError(
-            f"Checkpoints.restore: all {len(steps)} checkpoints in {self.folder} are damaged.{best} "
-            f"The newest: {damages[0]}"
+        where = "Checkpoints.restore"
+        hint = " There is best.npz: restore_best." if self._best.is_file() else ""
+        restored, damages = newest(
+            where,
+            self.folder,
+            self.steps,
+            lambda step: self._restored(where, self._path(step), step, like),
+            hint,
         )
+        if restored is not None:
+            for damage in damages:
+                warnings.warn(f"{damage} Passed over for step {restored.step}.", stacklevel=2)
+        return restored
 
     def restore_best(self, like: Any) -> Restored | None:
         """What `save_best` saved last; None if there is none. Raises CheckpointError if it is damaged."""
@@ -195,7 +167,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, damaged ones included; ascending."""
         with suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            names = [_STEP.fullmatch(entry.name) for entry in entries if entry.is_file()]
+            names = [re.fullmatch(STEP + r"\.npz", entry.name) for entry in entries if entry.is_file()]
             return sorted(int(name[1]) for name in names if name)
         return []
 
@@ -209,9 +181,7 @@ class Checkpoints:
     def _write(
         self, where: str, path: Path, tree: Any, step: int, metadata: Mapping[str, Any] | None
     ) -> None:
-        if not isinstance(metadata, Mapping | None):
-            raise TypeError(f"{where}: metadata needs to be a dict, got {_outline(metadata)}.")
-        of_json = _of_json(where, "metadata", dict(metadata or {}))
+        of_json = checked_metadata(where, metadata)
         make_folder(where, path.parent)
         _save(where, path, tree, step, of_json)
 
@@ -220,9 +190,8 @@ class Checkpoints:
         saved = contents.step
         if saved is None or step not in (None, saved):
             what = "no step of a folder" if saved is None else f"step {saved} by its content"
-            raise _damage(where, path, f"it is {what}. Was it copied or renamed?")
-        if callable(like) and jax.tree_util.all_leaves([like]):  # a pytree that is callable is none
-            like = like(contents.metadata)
+            raise damage_of(where, path, f"it is {what}. Was it copied or renamed?")
+        like = with_metadata(like, contents.metadata)
         return Restored(saved, _filled(where, path, contents, like), contents.metadata)
 
 
@@ -243,7 +212,7 @@ def save_safetensors(path: str | os.PathLike[str], params: Params) -> None:
         raise ImportError(
             'save_safetensors: needs the package safetensors: pip install "fnn[safetensors]".'
         ) from None
-    path = _checked_path("save_safetensors", path)
+    path = checked_path("save_safetensors", path)
     check_params("save_safetensors", params)
     arrays = {}
     for l, layer in enumerate(params):
@@ -258,17 +227,28 @@ def save_safetensors(path: str | os.PathLike[str], params: Params) -> None:
 # Arguments.
 
 
-def _checked_path(where: str, path: Any) -> Path:
+def checked_path(where: str, path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
         raise TypeError(f"{where}: path needs to be a str or Path, got {path!r}.")
     return Path(path)
 
 
-def _checked_step(where: str, step: Any) -> int:
+def checked_step(where: str, step: Any) -> int:
     with suppress(TypeError):
         if not isinstance(step, bool) and operator.index(step) >= 0:
             return operator.index(step)
     raise ValueError(f"{where}: step needs to be an integer of at least 0, got {step!r}.")
+
+
+def checked_metadata(where: str, metadata: Any) -> dict[str, Any]:
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"{where}: metadata needs to be a dict, got {_outline(metadata)}.")
+    return _of_json(where, "metadata", dict(metadata or {}))
+
+
+def with_metadata(like: Any, metadata: dict[str, Any]) -> Any:
+    """`like`, or what it makes of the metadata if it is a function; a pytree that is callable is none."""
+    return like(metadata) if callable(like) and jax.tree_util.all_leaves([like]) else like
 
 
 def _of_json(where: str, place: str, value: Any) -> Any:
@@ -288,176 +268,21 @@ def _of_json(where: str, place: str, value: Any) -> Any:
     )
 
 
-# Leaves.
-
-
-class _Leaf(NamedTuple):
-    """A leaf as the manifest has it. The shape is that of the stored array: of a PRNG key's words."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bits(self) -> np.dtype:
-        """dtype of the leaf in memory."""
-        return np.dtype(np.uint32) if _KEY.fullmatch(self.dtype) else _DTYPES[self.dtype]
-
-
-def _named_leaves(where: str, tree: Any) -> tuple[list[str], list[Any], Any]:
-    """Names, leaves and structure; None is a leaf here, so that the file knows of it."""
-    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    names = [_name(path) for path, _ in pairs]
-    seen = {MANIFEST}
-    for name in names:
-        if name in seen or len(name.encode()) > MAX_NAME:
-            why = "the manifest's" if name == MANIFEST else "that of two" if name in seen else "too long"
-            raise ValueError(f"{where}: a leaf's name, {name[:80]!r}, is {why}; use other keys in the tree.")
-        seen.add(name)
-    return names, [leaf for _, leaf in pairs], structure
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Keys with slashes between them. In a key what zip could misread, and %, are %XX."""
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    escaped = [
-        re.sub(
-            r"[%/\\\x00-\x1f\x7f\ud800-\udfff]|^\.+$", lambda m: "".join(f"%{ord(c):02X}" for c in m[0]), key
-        )
-        for key in keys
-    ]
-    return "/".join(key or "%" for key in escaped) if keys else ALONE
-
-
-def _leaf(where: str, name: str, value: Any) -> _Leaf:
-    """Name, shape and dtype of an array, a ShapeDtypeStruct or a number; nothing is computed."""
-    if value is None:
-        return _Leaf(name, (), "None")
-    if type(value) in (bool, int, float, complex):
-        return _Leaf(name, (), f"Python {type(value).__name__}")
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{where}: {_place(name)} has no value yet: call it on the host, outside jit, vmap, grad."
-        )
-    dtype: Any = getattr(value, "dtype", None)
-    if isinstance(value, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        implementations: list[str] = []
-
-        def words(key):
-            implementations.append(str(jax.random.key_impl(key)))
-            return jax.random.key_data(key)
-
-        shape = jax.eval_shape(words, jax.ShapeDtypeStruct(value.shape, dtype)).shape
-        return _Leaf(name, tuple(shape), f"key<{implementations[0]}>")
-    is_array = isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
-    if (
-        not is_array
-        or isinstance(value, np.ma.MaskedArray)
-        or dtype.name not in _DTYPES
-        or not dtype.isnative
-    ):
-        hint = "Convert it with numpy.asarray; what is no array belongs elsewhere."
-        if is_array:
-            hint = (
-                "Use .astype to one of JAX's dtypes, in the machine's byte order; of a masked array .filled."
-            )
-        raise TypeError(
-            f"{where}: {_place(name)} needs to be an array of JAX or NumPy, a Python number, a PRNG key or "
-            f"None; got {_outline(value)}. {hint}"
-        )
-    return _Leaf(name, tuple(value.shape), dtype.name)
-
-
-def _place(name: str) -> str:
-    """A leaf in words: of `optimizer_state/0/mu/1/W`, "W of layer 2 in optimizer_state/0/mu"."""
-    match = re.fullmatch(r"(?:(.*)/)?(\d+)/([Wb])", name)
-    if not match:
-        return f"the leaf {name}"
-    return f"{match[3]} of layer {int(match[2]) + 1}" + (f" in {match[1]}" if match[1] else "")
-
-
-def _stored(where: str, name: str, value: Any) -> Any:
-    """A leaf as the array that is stored, JAX's still on its device: of a key its words, of None nothing."""
-    if isinstance(value, jax.Array):
-        if value.is_deleted():
-            raise ValueError(
-                f"{where}: the memory of {_place(name)} was given away, as fnn.train_epoch does with the "
-                "state it gets. Save the state that it returned."
-            )
-        if not value.is_fully_addressable:
-            raise ValueError(
-                f"{where}: {_place(name)} is spread over several processes. Gather it first, with "
-                "jax.experimental.multihost_utils.process_allgather."
-            )
-        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(value) if is_key else value
-    if isinstance(value, jax.ShapeDtypeStruct):
-        raise TypeError(f"{where}: {_place(name)} is a jax.ShapeDtypeStruct, which has no values to save.")
-    if type(value) in (bool, int, float, complex):
-        try:
-            return np.asarray(value, _PYTHON[type(value).__name__])
-        except OverflowError:
-            raise ValueError(f"{where}: {_place(name)}, {value}, has more than 64 bits.") from None
-    return np.zeros(0, np.uint8) if value is None else np.asarray(value)
-
-
-def _value(where: str, leaf: _Leaf, array: np.ndarray, like: Any) -> Any:
-    """What was saved, as `like` has it: Python's, NumPy's, or JAX's on its devices."""
-    if leaf.dtype == "None":
-        return None
-    array = array.view(leaf.bits)
-    if leaf.dtype.startswith("Python "):
-        return array.item()
-    if isinstance(like, np.ndarray | np.generic):
-        return array if isinstance(like, np.ndarray) else array[()]
-    _check_kept(where, leaf)
-    sharding = getattr(like, "sharding", None)
-    if sharding is None or getattr(like, "committed", True):
-        return jax.device_put(_of_jax(leaf, array, like), sharding)
-    # On the same device, and as free to follow other arrays to theirs as `like` is.
-    with jax.default_device(next(iter(sharding.device_set))):
-        return jax.device_put(_of_jax(leaf, array, like))
-
-
-def _of_jax(leaf: _Leaf, array: np.ndarray, like: Any) -> Any:
-    """What `jax.device_put` needs to make the leaf: an array of NumPy, a key, or a number of weak type."""
-    if key := _KEY.fullmatch(leaf.dtype):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=key[1])
-    return _weak(array) if getattr(like, "weak_type", False) else array
-
-
-def _weak(array: np.ndarray) -> Any:
-    """As the array that JAX makes of a Python number, whose dtype gives way to others'; optax has such."""
-    zeros = jnp.full(array.shape, {"f": 0.0, "i": 0, "c": 0j}.get(array.dtype.kind, False))
-    return zeros.at[...].set(array) if zeros.dtype == array.dtype else array
-
-
-def _check_kept(where: str, leaf: _Leaf) -> None:
-    """Raises TypeError if JAX would narrow the leaf."""
-    what = f"{where}: {_place(leaf.name)}"
-    check_not_narrowed(what, leaf.bits)
-    if jax.dtypes.canonicalize_dtype(leaf.bits) != leaf.bits:
-        raise TypeError(
-            f"{what} is {leaf.dtype}, which JAX would narrow in silence. Use a NumPy array in `like`, or "
-            'jax.config.update("jax_enable_x64", True).'
-        )
-
-
 # Trees.
 
 
 class _Contents(NamedTuple):
     """All that a file says: its leaves, the step if it is one of a folder, the metadata."""
 
-    leaves: Sequence[_Leaf]
+    leaves: Sequence[Leaf]
     arrays: Sequence[np.ndarray]  # as NumPy has them: of other dtypes the bits, of None nothing
     step: int | None
     metadata: dict[str, Any]
 
 
 def _save(where: str, path: Path, tree: Any, step: int | None, metadata: dict[str, Any]) -> None:
-    names, values, _ = _named_leaves(where, tree)
-    leaves = [_leaf(where, name, value) for name, value in zip(names, values, strict=True)]
+    names, values, _ = named_leaves(where, tree)
+    leaves = [leaf_of(where, name, value) for name, value in zip(names, values, strict=True)]
     on_host = jax.device_get([_stored(where, *pair) for pair in zip(names, values, strict=True)])
     arrays = [np.asarray(array) for array in on_host]
     arrays = [a if a.dtype.isbuiltin == 1 else a.view(f"u{a.dtype.itemsize}") for a in arrays]
@@ -465,24 +290,41 @@ def _save(where: str, path: Path, tree: Any, step: int | None, metadata: dict[st
         _write(file, _Contents(leaves, arrays, step, metadata))
 
 
+def _stored(where: str, name: str, value: Any) -> Any:
+    array = stored(where, name, value)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(
+            f"{where}: {place(name)} is spread over several processes. Save it with fnn.ShardedCheckpoints, "
+            "or gather it first, with jax.experimental.multihost_utils.process_allgather."
+        )
+    return array
+
+
 def _filled(where: str, path: Path, contents: _Contents, like: Any) -> Any:
     """The structure of `like` with the values of a file, if names, shapes and dtypes agree."""
-    names, values, structure = _named_leaves(where, like)
-    wanted = {name: _leaf(where, name, value) for name, value in zip(names, values, strict=True)}
+    values, structure = matched(where, path, contents.leaves, like)
     saved = {leaf.name: (leaf, array) for leaf, array in zip(contents.leaves, contents.arrays, strict=True)}
-    for name in (*wanted, *saved):
-        theirs, ours = saved[name][0] if name in saved else None, wanted.get(name)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{where}: {path} and `like` differ; {_place(name)}: {_difference(theirs, ours)}. Give a "
-                "tree such as was saved, of the same network and optimiser, or another file."
-            )
-    filled = [_value(where, *saved[name], like=value) for name, value in zip(names, values, strict=True)]
+    filled = [as_like(where, *saved[name], like=value) for name, value in values.items()]
     return jax.tree.unflatten(structure, filled)
 
 
-def _difference(saved: _Leaf | None, wanted: _Leaf | None) -> str:
-    def words(leaf: _Leaf | None) -> str:
+def matched(where: str, path: Path, leaves: Sequence[Leaf], like: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves of `like` by name, and its structure, if names, shapes and dtypes are as they were saved."""
+    names, values, structure = named_leaves(where, like)
+    wanted = {name: leaf_of(where, name, value) for name, value in zip(names, values, strict=True)}
+    saved = {leaf.name: leaf for leaf in leaves}
+    for name in (*wanted, *saved):
+        theirs, ours = saved.get(name), wanted.get(name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{where}: {path} and `like` differ; {place(name)}: {_difference(theirs, ours)}. Give a "
+                "tree such as was saved, of the same network and optimiser, or another file."
+            )
+    return dict(zip(names, values, strict=True)), structure
+
+
+def _difference(saved: Leaf | None, wanted: Leaf | None) -> str:
+    def words(leaf: Leaf | None) -> str:
         if leaf is None:
             return "has no such leaf"
         if saved and wanted and saved.dtype == wanted.dtype:
@@ -501,7 +343,7 @@ def _params(where: str, path: Path, contents: _Contents) -> Params:
     if not leaves or [leaf.name for leaf in leaves] != names:
         first = ", ".join(leaf.name for leaf in leaves[:3]) + ", ..." * (len(leaves) > 3)
         raise CheckpointError(f"{what}, but {first or 'nothing'}. Use like= with a tree such as was saved.")
-    values = [_value(where, leaf, array, None) for leaf, array in zip(leaves, contents.arrays, strict=True)]
+    values = [as_like(where, leaf, array, None) for leaf, array in zip(leaves, contents.arrays, strict=True)]
     params = tuple(Layer(W, b) for W, b in zip(values[::2], values[1::2], strict=True))
     try:
         check_params(where, params)
@@ -513,13 +355,42 @@ def _params(where: str, path: Path, contents: _Contents) -> Params:
 # The file: zip and .npy by NumPy, and in zip's comment, its last 64 bytes, the digest of all before.
 
 
-class _Damage(CheckpointError):
+class Damage(CheckpointError):
     """A damaged file, as against one of another structure."""
 
 
-def _damage(where: str, path: Path, what: str) -> _Damage:
+def damage_of(where: str, path: Path, what: str, writer: str = "fnn.save") -> Damage:
     hint = "Load another checkpoint, or a copy of it."
-    return _Damage(f"{where}: {path} is damaged or no checkpoint of fnn.save: {what} {hint}")
+    return Damage(f"{where}: {path} is damaged or no checkpoint of {writer}: {what} {hint}")
+
+
+def newest(
+    where: str,
+    folder: str | os.PathLike[str],
+    steps: Callable[[], list[int]],
+    read: Callable[[int], T],
+    hint: str = "",
+) -> tuple[T | None, list[Damage]]:
+    """What `read` makes of the newest undamaged step, None without any; and the damages of later ones.
+
+    Raises CheckpointError if all are damaged.
+    """
+    while True:
+        found, damages, gone = steps(), [], False
+        for step in reversed(found):
+            try:
+                return read(step), damages
+            except FileNotFoundError:  # another process has saved and removed it since
+                gone = True
+            except Damage as damage:
+                damages.append(damage)
+        if not gone:
+            break
+    if not found:
+        return None, []
+    raise CheckpointError(
+        f"{where}: all {len(found)} checkpoints in {folder} are damaged.{hint} The newest: {damages[0]}"
+    )
 
 
 def _write(file: IO[bytes], contents: _Contents) -> None:
@@ -556,27 +427,27 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 
 
 def _read(where: str, path: Path) -> _Contents:
-    """The contents of a file, whose digest is right. Raises FileNotFoundError without one, and _Damage."""
+    """The contents of a file, whose digest is right. Raises FileNotFoundError without one, and Damage."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END) - DIGEST
             digest = _digest(file, size)
             if size < 0 or file.read() != digest:
-                raise _damage(where, path, "its bytes are not those that were saved (SHA-256).")
+                raise damage_of(where, path, "its bytes are not those that were saved (SHA-256).")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 manifest = json.loads(archive[f"{MANIFEST}.npy"].tobytes())
                 if manifest["format"] != FORMAT:
                     what = f"it has format {manifest['format']}, and this version of fnn reads {FORMAT}."
-                    raise _damage(where, path, what)
-                leaves = [_Leaf(l["name"], tuple(l["shape"]), l["dtype"]) for l in manifest["leaves"]]
+                    raise damage_of(where, path, what)
+                leaves = [Leaf(l["name"], tuple(l["shape"]), l["dtype"]) for l in manifest["leaves"]]
                 arrays = [archive[f"{leaf.name}.npy"] for leaf in leaves]
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: there is no file {path}.") from None
-    except _Damage:
+    except Damage:
         raise
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise _damage(
+        raise damage_of(
             where, path, f"it cannot be read ({getattr(error, 'strerror', None) or error})."
         ) from None
     return _Contents(leaves, arrays, manifest["step"], manifest["metadata"])

@@ -1,6 +1,6 @@
-"""Where a run stopped being finite: the epoch is run again up to the step, which is then taken apart."""
+"""Where a run stopped being finite: its last steps are run again up to the one, which is then taken apart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,36 +13,42 @@ from jaxtyping import Array
 from .network import Cost, Network
 from .rules import RuleLike, value_and_grad
 from .sweep import backprop
-from .train import TrainState, shuffle, train_step
+from .train import TrainState, train_step
 
 
 def explain(
     cost: RuleLike,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    data: tuple[Array, ...],
-    batch_size: int,
+    batch_at: Callable[[int], tuple[Array, ...]],
     costs: np.ndarray,
     epoch: int,
     skips: bool,
+    *,
+    steps_before: int = 0,
+    steps_in_all: int | None = None,
 ) -> str:
     """What went wrong in an epoch, at which step, in which quantity first, and what to do.
 
-    state: before the epoch
-    costs: of its steps
+    state: before the first of some steps of the epoch
+    batch_at: i -> the batch of step i of these, counted from 0
+    costs: of these steps
     skips: whether steps were skipped: then what counts are the parameters, not the costs
+    steps_before: of the epoch, before these
+    steps_in_all: of the epoch; by default these
     """
     wrong = np.flatnonzero(~np.isfinite(costs)) if not skips else np.empty(0, int)
     step = int(wrong[0]) if len(wrong) else len(costs) - 1
-    state, batch, step = _replay(cost, optimizer, state, data, batch_size, step, not len(wrong))
+    state, batch, step = _replay(cost, optimizer, state, batch_at, step, not len(wrong))
     first = next(_not_finite(cost, optimizer, state, batch), None)
-    where = f"at step {step + 1} of {len(costs)}"
+    where = f"at step {steps_before + step + 1} of {steps_in_all or len(costs)}"
     if len(wrong):
         where = f"the cost became {costs[step]} {where}"
     else:
         where = f"the parameters became NaN or infinite {where}"
     found = "" if first is None else f" First not finite there: {first}."
     why = "Try a smaller learning rate, or clip gradients with optax.clip_by_global_norm."
+    step += steps_before
     if epoch == 1 and step == (1 if len(wrong) else 0):
         why = "That was the first update: is the learning rate NaN, infinite, or far too large?"
     elif epoch == 1 and len(wrong) and step == 0:
@@ -57,19 +63,17 @@ def _replay(
     cost: RuleLike,
     optimizer: optax.GradientTransformation,
     state: TrainState,
-    data: tuple[Array, ...],
-    batch_size: int,
+    batch_at: Callable[[int], tuple[Array, ...]],
     step: int,
     by_params: bool,
 ) -> tuple[TrainState, tuple[Array, ...], int]:
-    """The state before a step of the epoch, the step's batch, and its number, counted from 0.
+    """The state before a step, the step's batch, and its number, counted from 0.
 
     by_params: whether it is the first one after which parameters are not finite, `step` being the last
     """
-    _, order = shuffle(state.key, len(data[0]))
     take = jax.jit(partial(train_step, cost, optimizer))
     for i in range(step + 1):
-        batch = tuple(array[order[i * batch_size : (i + 1) * batch_size]] for array in data)
+        batch = batch_at(i)
         after, _ = take(state, *batch)
         if i == step or (by_params and next(_bad("", after.params), None) is not None):
             return state, batch, i

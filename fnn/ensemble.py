@@ -28,6 +28,7 @@ from .arguments import (
     check_count,
     check_data,
     check_hashable,
+    check_layout,
     check_metrics,
     check_not_traced,
     check_optimizer,
@@ -35,8 +36,11 @@ from .arguments import (
     check_scalar,
 )
 from .params import _outline
+from .processes import check_agreed, check_launcher, on_host
 from .progress import progress_bar
+from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
+from .sharding import WHOLE, Layout
 from .train import Metric, TrainState, epoch_numbers, train_epoch, train_state
 
 
@@ -72,6 +76,7 @@ def fit_ensemble(
     validation: Sequence[Any] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     members_at_once: int | None = None,
+    layout: Layout | None = None,
     progress: bool = True,
 ) -> EnsembleHistory:
     """Trains M networks on the same data, each as `fit` would alone with its own key and hyperparameters.
@@ -84,7 +89,9 @@ def fit_ensemble(
     hyperparameters: name -> M numbers, in place of the one that was injected under that name
     members_at_once: how many are trained side by side, the rest waiting; by default, as measured, on a CPU 4
         of at most 10,000 parameters each, or 1, and on other devices all. It changes time and memory, and
-        results by no more than rounding.
+        results by no more than rounding. With a layout, on each device.
+    layout: such as `fnn.data_parallel()`; every device then trains its share of the members, M divided by
+        the number of devices, and they tell each other nothing
     progress: show a bar, with medians over the members
 
     A penalty that differs is a hyperparameter too, of `optax.adamw`, or with the meaning of the cost's l2
@@ -128,7 +135,9 @@ def fit_ensemble(
     batch_size = check_count("fit_ensemble", "batch_size", batch_size)
     params = check_params_values(params)
     _check_members("fit_ensemble", params, M)
-    size = _chunk_size(params, M, members_at_once, "fit_ensemble")
+    check_layout("fit_ensemble", layout)
+    shares = 1 if layout is None else _shares(layout, M)
+    size = _chunk_size(params, M // shares, members_at_once, "fit_ensemble")
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     data = check_data("data", data, cost, one)
     validation = None if validation is None else check_data("validation", validation, cost, one)
@@ -138,22 +147,29 @@ def fit_ensemble(
         check_scalar(f"metric {name!r}", metric, one, data[:2])
 
     run_epoch = _compiled_epoch(
-        cost, optimizer, tuple(metric for _, metric in named_metrics), batch_size, size
+        cost, optimizer, tuple(metric for _, metric in named_metrics), batch_size, size, layout
     )
     names = ("cost", *(name for name, _ in named_metrics))
     state = _with_hyperparameters(jax.vmap(partial(train_state, optimizer))(params, keys), hyperparameters)
+    if layout is not None:
+        check_launcher("fit_ensemble")
+        check_agreed("fit_ensemble", fingerprint(cost, params, keys, data, validation, batch_size=batch_size))
+        state = layout.put_rows(state)
+        data, validation = layout.put_whole((data, validation))
     diverged = np.zeros(M, int)
     train, held_out, seconds = [], [], []
-    with progress_bar(epochs, [f"median {name}" for name in names], show=progress) as show:
+    medians, N = [f"median {name}" for name in names], len(data[0])
+    with progress_bar(epochs, medians, show=progress, steps=-(-N // batch_size), examples=M * N) as show:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             state, *results = run_epoch(state, data, validation)
-            is_finite, *numbers = jax.device_get(results)
+            is_finite, *numbers = jax.device_get(on_host(results))
             diverged[(diverged == 0) & ~is_finite] = epoch
             for rows, row in zip((train, held_out), numbers, strict=True):
                 rows.append([np.where(diverged == 0, column, np.nan) for column in row])
             seconds.append(time.perf_counter() - start)
-            show(epoch, *([_median(column) for column in rows[-1]] for rows in (train, held_out)))
+            last, last_held_out = ([_median(column) for column in rows[-1]] for rows in (train, held_out))
+            show(epoch, last, last_held_out, seconds[-1])
     _warn_of(diverged)
     return EnsembleHistory(
         state.params, _columns(names, train), _columns(names, held_out), diverged, np.array(seconds)
@@ -193,8 +209,15 @@ def _prediction(net, size, params, X):
 
 
 @lru_cache(maxsize=16)  # as many runs as `fit` keeps compiled
-def _compiled_epoch(cost, optimizer, metrics, batch_size, size):
-    return jax.jit(partial(_epoch, cost, optimizer, metrics, batch_size, size), donate_argnums=0)
+def _compiled_epoch(cost, optimizer, metrics, batch_size, size, layout):
+    epoch = partial(_epoch, cost, optimizer, metrics, batch_size, size)
+    if layout is not None:
+        members = layout.rows_sharding.spec
+        # Nothing is summed over members, so there is no sum over devices that could be forgotten.
+        epoch = jax.shard_map(
+            epoch, mesh=layout.mesh, in_specs=(members, WHOLE, WHOLE), out_specs=members, check_vma=False
+        )
+    return jax.jit(epoch, donate_argnums=0)
 
 
 def _epoch(cost, optimizer, metrics, batch_size, size, state, data, validation):
@@ -253,6 +276,16 @@ def _default_at_once(params: Any, M: int) -> int:
         return M
     size = sum(leaf.size for leaf in jax.tree.leaves(params)) // M
     return 4 if size <= 10_000 else 1
+
+
+def _shares(layout: Layout, M: int) -> int:
+    shares = layout.mesh.shape[layout.batch]
+    if M % shares:
+        raise ValueError(
+            f"fit_ensemble: the {M} members need to divide by the {shares} devices of the layout's axis "
+            f"{layout.batch!r}; add {-M % shares}, or give it fewer devices."
+        )
+    return shares
 
 
 def _with_hyperparameters(state: TrainState, hyperparameters: Any) -> TrainState:

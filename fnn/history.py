@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from .processes import of_first
+
 
 @dataclass(frozen=True)
 class History:
@@ -123,12 +125,15 @@ class Numbers:
         records = jax.tree.map(lambda *x: np.concatenate(x), *self.records) if self.records else []
         return np.array(self.train), np.array(self.validation), np.array(self.seconds), records
 
-    def like(self, epochs: int, row: Rows) -> Any:
-        """The shapes of `tree` after so many epochs, with the numbers of one."""
+    def like(self, epochs: int, steps: int, row: Rows) -> Any:
+        """The shapes of `tree` after so many epochs and steps, with the numbers of one."""
         columns = [np.zeros((epochs, len(part))) for part in (row.train, row.validation)]
-        steps = epochs * len(row.costs)
         records = jax.tree.map(lambda x: np.zeros((steps, *x.shape[1:]), x.dtype), row.records)
         return *columns, np.zeros(epochs), records
+
+    def agree(self) -> None:
+        """Takes the times of process 0: every process has a clock of its own."""
+        self.seconds = of_first(np.array(self.seconds)).tolist()
 
     def restore(self, tree: Any) -> None:
         train, held_out, seconds, records = tree
@@ -160,4 +165,5 @@ def _columns(names: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str,
     """name -> its numbers, one for each epoch; none where there is no such data."""
     if rows and not rows[0]:
         return {}
-    return {name: np.array([row[i] for row in rows], float) for i, name in enumerate(names)}
+    kept = names[: len(rows[0])] if rows else names  # of a stream, the training data have the cost alone
+    return {name: np.array([row[i] for row in rows], float) for i, name in enumerate(kept)}

@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from .checkpoint import CheckpointError, Checkpoints
 from .files import replacing
+from .sharded_checkpoint import ShardedCheckpoints
 
 SECONDS = 30.0  # between two checkpoints, at least
 
@@ -41,31 +42,43 @@ def fingerprint(
     """
     name = repr(cost) if " at 0x" not in repr(cost) else type(cost).__name__
     options |= {"cost": name, "params": _checksums(jax.tree.leaves(params))}
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
-    parts = {"key": np.asarray(key).tolist(), "data": _checksums(data)}
+    parts = {"key": None if key is None else np.asarray(key).tolist(), "data": _checksums(data)}
     return {**parts, "validation": None if validation is None else _checksums(validation), **options}
 
 
 def _checksums(arrays: Sequence[Array]) -> list[str]:
-    on_host = map(np.asarray, jax.device_get(arrays))
-    return [f"{a.dtype} {a.shape} {zlib.crc32(a.tobytes()):08x}" for a in on_host]
+    return [_checksum(array) for array in arrays]
+
+
+def _checksum(array: Array) -> str:
+    outline = f"{array.dtype} {array.shape}"
+    if not array.is_fully_addressable:  # spread over processes: no one has its bytes
+        return outline
+    return f"{outline} {zlib.crc32(np.asarray(array).tobytes()):08x}"
 
 
 class RunFolder:
-    """The checkpoints of one run, `step-*.npz`, and its history as `history.jsonl`."""
+    """The checkpoints of one run and its history as `history.jsonl`.
+
+    A process alone writes `Checkpoints`, several write `ShardedCheckpoints`; both go on from the newest of
+    either.
+    """
 
     def __init__(self, folder: Any, run: dict[str, Any]):
-        self.checkpoints, self.run = Checkpoints(folder), json.loads(json.dumps(run))
+        kind = Checkpoints if jax.process_count() == 1 else ShardedCheckpoints
+        self.checkpoints, self.run = kind(folder), json.loads(json.dumps(run))
         self.saved_at = time.monotonic()
 
-    def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
+    def restore(self, like: Callable[[int, int], Any]) -> tuple[int, Any] | None:
         """(epochs done, the tree) of the newest checkpoint; None in a new folder.
 
-        like: of the number of epochs done, the tree that was saved
+        like: of the numbers of epochs and steps done, the tree that was saved
         Raises CheckpointError if it is another run's, or damaged.
         """
-        restored = self.checkpoints.restore(lambda metadata: like(self._epoch(metadata)))
+        newest = _newest(self.checkpoints.folder)
+        restored = newest.restore(lambda metadata: like(self._epoch(metadata), metadata["step"]))
         return None if restored is None else (self._epoch(restored.metadata), restored.tree)
 
     def _epoch(self, metadata: dict[str, Any]) -> int:
@@ -79,14 +92,24 @@ class RunFolder:
         return metadata["epoch"]
 
     def save(self, epoch: int, step: int, tree: Any, history: str) -> None:
-        self.checkpoints.save(step, tree, {"epoch": epoch, "run": self.run})
-        with replacing("fit", Path(self.checkpoints.folder) / "history.jsonl") as file:
-            file.write(history.encode())
+        self.checkpoints.save(step, tree, {"epoch": epoch, "step": step, "run": self.run})
+        if jax.process_index() == 0:
+            with replacing("fit", Path(self.checkpoints.folder) / "history.jsonl") as file:
+                file.write(history.encode())
         self.saved_at = time.monotonic()
 
     @property
     def is_due(self) -> bool:
         return time.monotonic() - self.saved_at > SECONDS
+
+
+def _newest(folder: Any) -> Checkpoints | ShardedCheckpoints:
+    """The kind of checkpoints that has the latest step in a folder."""
+    alone = Checkpoints(folder)
+    if not any(Path(folder).glob("step-*/")):  # those of several processes need orbax to look at
+        return alone
+    spread = ShardedCheckpoints(folder)
+    return spread if max(spread.steps(), default=-1) > max(alone.steps(), default=-1) else alone
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +28,32 @@ from .arguments import (
     check_count,
     check_data,
     check_hashable,
+    check_layout,
     check_metrics,
     check_not_traced,
+    check_on_divergence,
     check_optimizer,
     check_params_values,
     check_record,
+    check_recorded_shapes,
     check_scalar,
 )
 from .divergence import explain
 from .history import Callback, DivergenceError, EarlyStopping, History, Numbers, Rows
 from .params import check_key
+from .processes import answers, check_agreed, check_launcher, on_host
 from .progress import progress_bar
 from .resume import RunFolder, fingerprint, terminated
 from .rules import RuleLike, check_rule_like
+from .sharding import Layout
 from .train import (
     Metric,
     Record,
     TrainState,
     epoch_numbers,
-    recorded_step,
     scan_epoch,
+    shuffle,
+    step_with_rows,
     train_epoch,
     train_state,
 )
@@ -72,6 +79,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     on_divergence: str = "raise",
     checkpoint: str | os.PathLike[str] | None = None,
+    layout: Layout | None = None,
     progress: bool = True,
 ) -> History:
     """Trains on `data` for a number of epochs, each one compiled scan over freshly shuffled batches.
@@ -95,7 +103,10 @@ def fit(
         there has a line for each epoch. Callbacks see only the epochs that are run, and a run that one of
         them ended is over. Another cost, other parameters or other data are refused; an optimiser of the same
         structure with another learning rate, and other metrics of the same names, are not noticed.
-    progress: show a bar
+    layout: such as `fnn.data_parallel()`, for a run on all devices of all processes; every device has the
+        whole data. Results are those of one device up to rounding, and a run that is resumed may have
+        another layout. With several processes the checkpoints are `ShardedCheckpoints`.
+    progress: show a line with the numbers, examples per second and the time left
 
     `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
     runs, arguments are checked, values included: NaN and inf, labels out of range, float64 that JAX would
@@ -127,36 +138,116 @@ def fit(
     named_metrics = check_metrics(metrics)
     for name, metric in named_metrics:
         check_scalar(f"metric {name!r}", metric, params, data[:2])
-    named_records = check_record(record, cost, params, data, batch_size)
+    named_records = check_record(record)
+    last = len(data[0]) % batch_size or batch_size
+    check_recorded_shapes(named_records, cost, params, data, (batch_size, last))
     names = ("cost", *(name for name, _ in named_metrics))
-    _check_early_stopping(early_stopping, names)
+    check_early_stopping(early_stopping, names)
     check_callbacks(callbacks)
-    if on_divergence not in ("raise", "skip"):
-        raise ValueError(f'fit: on_divergence needs to be "raise" or "skip", got {on_divergence!r}.')
+    check_layout("fit", layout)
+    check_on_divergence(on_divergence)
 
     skips = on_divergence == "skip"
     if skips:
-        optimizer = _skipping(optimizer)
-    functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
-    run_epoch, run_epochs = _compiled_epochs(cost, optimizer, *functions, batch_size, skips)
+        optimizer = skipping(optimizer)
+    run = fingerprint(cost, params, key, data, validation, batch_size=batch_size)
     state = train_state(optimizer, params, key)
-    numbers = Numbers(names, tuple(name for name, _ in named_records))
+    placed: Any = data, validation
+    if layout is not None:
+        check_launcher("fit")
+        check_agreed("fit", run)
+        state = layout.put(params, state)
+        placed = layout.put_whole(placed)
+    functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
+    compiled = compiled_epochs(cost, optimizer, *functions, batch_size, skips, layout)
+    source = _InMemory(cost, optimizer, placed[0], placed[1], batch_size, skips, *compiled)
+    return follow(
+        source,
+        state,
+        epochs=epochs,
+        names=names,
+        records=tuple(name for name, _ in named_records),
+        early_stopping=early_stopping,
+        callbacks=callbacks,
+        skips=skips,
+        checkpoint=checkpoint,
+        run=run,
+        progress=progress,
+    )
+
+
+class Advance(NamedTuple):
+    """What came of some epochs."""
+
+    state: TrainState
+    before: TrainState  # the last of them, or the steps in which it diverged; what is left if it did
+    done: int  # epochs, the one that is not finite included; 0 at the end of a stream
+    is_finite: bool
+    rows: Rows  # of `done` epochs, or more, along a first axis
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Epochs to be had: data in memory, or a stream of batches."""
+
+    @property
+    def steps(self) -> int:
+        """In an epoch."""
+        ...
+
+    @property
+    def examples(self) -> int:
+        """Likewise; 0 if that is not known yet."""
+        ...
+
+    def row(self, state: TrainState) -> Rows:
+        """Arrays, or their shapes, of the numbers of an epoch."""
+        ...
+
+    def advance(self, state: TrainState, n: int) -> Advance:
+        """At most n epochs from here, until one is not finite. The memory of `state` is reused."""
+        ...
+
+    def explain(self, advance: Advance, epoch: int) -> str:
+        """What went wrong in the last of these epochs, which is number `epoch` of the run."""
+        ...
+
+
+def follow(
+    source: Source,
+    state: TrainState,
+    *,
+    epochs: int | None,
+    names: Sequence[str],
+    records: Sequence[str],
+    early_stopping: EarlyStopping | None,
+    callbacks: Sequence[Callback],
+    skips: bool,
+    checkpoint: Any,
+    run: dict[str, Any],
+    progress: bool,
+) -> History:
+    """The loop on the host around compiled calls: numbers, the best epoch, checkpoints, and when to stop.
+
+    run: what a run has to have in common with the one that it goes on with (`resume.fingerprint`)
+    """
+    numbers = Numbers(names, records)
     watches = bool(callbacks) or early_stopping is not None
     best: tuple[int, Any] | None = None
     epoch, folder, stopped = 0, None, False
     if checkpoint is not None:
-        run = {"batch_size": batch_size, "numbers": names, "records": numbers.record_names}
-        run |= {"on_divergence": on_divergence, "early_stopping": repr(early_stopping)}
-        folder = RunFolder(checkpoint, fingerprint(cost, params, key, data, validation, **run))
-        _, row = jax.eval_shape(run_epoch, state, data, validation)
+        run |= {"numbers": names, "records": records}
+        run |= {"on_divergence": "skip" if skips else "raise", "early_stopping": repr(early_stopping)}
+        folder = RunFolder(checkpoint, run)
+        row = source.row(state)
 
-        def like(epoch):
-            return state, params, 0, False, numbers.like(epoch, row)
+        def like(epoch, step):
+            return state, state.params, 0, False, numbers.like(epoch, step, row)
 
         restored = folder.restore(like)
         if restored is not None:
             epoch, (state, best_params, best_epoch, stopped, saved) = restored
-            if epoch > epochs:
+            if epochs is not None and epoch > epochs:
                 raise ValueError(
                     f"fit: {checkpoint} has {epoch} epochs of this run, more than epochs={epochs}; ask for "
                     "at least as many, or use another folder."
@@ -170,34 +261,31 @@ def fit(
 
     def save():
         if folder is not None:
-            best_epoch, best_params = (0, params) if best is None else best
+            best_epoch, best_params = (0, state.params) if best is None else best
+            numbers.agree()
             tree = state, best_params, best_epoch, stopped, numbers.tree()
             folder.save(epoch, int(state.step), tree, history(None).json_lines())
 
-    def leave_if_terminated():
-        if is_terminated():
-            save()
-            print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGTERM)
-
     catch = terminated() if folder is not None else nullcontext(lambda: False)
-    with progress_bar(epochs, names, show=progress) as show, catch as is_terminated:
-        at_once, calls = 1, 0
-        while epoch < epochs and not stopped:
+    is_first = jax.process_index() == 0
+    sizes = {"steps": source.steps, "examples": source.examples}
+    bar = progress_bar(epochs, names, show=progress and is_first, **sizes)
+    with bar as show, catch as is_terminated:
+        at_once, calls, ends = 1, 0, False
+        while (epochs is None or epoch < epochs) and not stopped and not ends:
             start = time.perf_counter()
-            n = jnp.int32(min(at_once, epochs - epoch))
-            state, before, done, is_finite, rows = run_epochs(state, data, validation, n)
-            done, is_finite, rows = jax.device_get((done, is_finite, rows))
-            good = int(done) - (not is_finite)
-            numbers.add(rows, good, (time.perf_counter() - start) / int(done))
-            if not is_finite:
-                message = explain(
-                    cost, optimizer, before, data, batch_size, rows.costs[good], epoch + good + 1, skips
-                )
-                raise DivergenceError(message, history(before.params if best is None else best[1]))
-            for i in range(good):
+            advance = source.advance(state, at_once if epochs is None else min(at_once, epochs - epoch))
+            state = advance.state
+            if not advance.done:  # the stream has ended
+                break
+            good = advance.done - (not advance.is_finite)
+            numbers.add(advance.rows, good, (time.perf_counter() - start) / advance.done)
+            if not advance.is_finite:
+                message = source.explain(advance, epoch + good + 1)
+                raise DivergenceError(message, history(advance.before.params if best is None else best[1]))
+            for _ in range(good):
                 epoch += 1
-                show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1])
+                show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1], numbers.seconds[-1])
             if watches:  # an epoch for each call
                 if early_stopping and numbers.is_best(early_stopping, best and best[0]):
                     best = epoch, jax.tree.map(partial(jnp.array, copy=True), state.params)
@@ -208,23 +296,29 @@ def fit(
                     stopped = True
             elif calls:  # the first call compiles
                 in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
-                at_once = max(1, min(in_time, 2 * at_once, len(rows.costs)))
+                at_once = max(1, min(in_time, 2 * at_once, len(advance.rows.costs)))
             calls += 1
-            leave_if_terminated()
-            if folder is not None and folder.is_due:
+            # What a clock, a signal or a callback says may differ between processes.
+            is_due = folder is not None and folder.is_due
+            everyone = answers(at_once, is_terminated(), is_due, stopped)
+            at_once = int(everyone[0, 0])
+            ends, is_due, stopped = (bool(column.any()) for column in everyone[:, 1:].T)
+            if is_due and not ends:
                 save()
         if calls:
             save()
-        leave_if_terminated()
+        if ends or answers(is_terminated()).any():
+            print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
     return history(state.params if best is None else best[1])
 
 
 @lru_cache(maxsize=16)  # one for each optimiser, so that equal runs are compiled once
-def _skipping(optimizer):
+def skipping(optimizer):
     return optax.apply_if_finite(optimizer, SKIPPED_IN_A_ROW)
 
 
-def _check_early_stopping(rule: Any, names: Sequence[str]) -> None:
+def check_early_stopping(rule: Any, names: Sequence[str]) -> None:
     if rule is None:
         return
     if not isinstance(rule, EarlyStopping):
@@ -244,9 +338,49 @@ def _check_early_stopping(rule: Any, names: Sequence[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _InMemory:
+    """Epochs over data that the devices have whole."""
+
+    cost: RuleLike
+    optimizer: optax.GradientTransformation
+    data: tuple[Array, ...]
+    validation: tuple[Array, ...] | None
+    batch_size: int
+    skips: bool
+    run_epoch: Callable[..., Any]
+    run_epochs: Callable[..., Any]
+
+    @property
+    def examples(self) -> int:
+        return len(self.data[0])
+
+    @property
+    def steps(self) -> int:
+        return -(-self.examples // self.batch_size)
+
+    def row(self, state: TrainState) -> Rows:
+        return jax.eval_shape(self.run_epoch, state, self.data, self.validation)[1]
+
+    def advance(self, state: TrainState, n: int) -> Advance:
+        state, before, *rest = self.run_epochs(state, self.data, self.validation, jnp.int32(n))
+        done, is_finite, rows = jax.device_get(rest)
+        return Advance(state, before, int(done), bool(is_finite), rows)
+
+    def explain(self, advance: Advance, epoch: int) -> str:
+        before, data = on_host((advance.before, self.data))
+        _, order = shuffle(before.key, self.examples)
+        costs, m = advance.rows.costs[advance.done - 1], self.batch_size
+
+        def batch_at(i):
+            return tuple(array[order[i * m : (i + 1) * m]] for array in data)
+
+        return explain(self.cost, self.optimizer, before, batch_at, costs, epoch, self.skips)
+
+
 @lru_cache(maxsize=16)  # runs kept compiled; a search over thousands of optimisers would fill the memory
-def _compiled_epochs(cost, optimizer, metrics, record, batch_size, skips):
-    epoch = partial(_epoch, cost, optimizer, metrics, record, batch_size, skips)
+def compiled_epochs(cost, optimizer, metrics, record, batch_size, skips, layout):
+    epoch = partial(_epoch, cost, optimizer, metrics, record, batch_size, skips, layout)
     return epoch, jax.jit(partial(_epochs, epoch, skips), donate_argnums=0)
 
 
@@ -289,13 +423,19 @@ def _epochs(
 
 
 def _epoch(
-    cost, optimizer, metrics, record, batch_size, skips, state, data, validation
+    cost, optimizer, metrics, record, batch_size, skips, layout, state, data, validation
 ) -> tuple[TrainState, Rows]:
     """An epoch and its evaluation."""
-    if record:
-        step = partial(recorded_step, cost, optimizer, record)
-        state, (costs, recorded) = scan_epoch(step, state, data, batch_size)
-    else:
+    if not record and layout is None:
         (state, costs), recorded = train_epoch(cost, optimizer, state, data, batch_size), []
-    numbers = epoch_numbers(cost, metrics, state.params, costs, data, validation, batch_size, skips=skips)
+    else:
+        step = step_with_rows(cost, optimizer, record, layout)
+        if layout is not None:  # else the rows below would split the data in the scan too
+            step, data = layout.on_gathered(step), layout.whole(data)
+        state, (costs, recorded) = scan_epoch(step, state, data, batch_size, layout)
+    params = state.params
+    if layout is not None:
+        state = layout.placed(params, state)
+        params, (data, validation) = layout.gathered(params), layout.rows((data, validation))
+    numbers = epoch_numbers(cost, metrics, params, costs, data, validation, batch_size, skips=skips)
     return state, Rows(costs, recorded, *numbers)

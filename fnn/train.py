@@ -78,12 +78,28 @@ def train_step(
     return _update(cost, optimizer, state, C, gradient, *batch), C
 
 
-def recorded_step(cost, optimizer, record, state, *batch):
-    """`train_step` from the sweep, and what every function of `record` makes of that."""
+def recorded_step(cost, optimizer, record, layout, state, *batch):
+    """`train_step` from the sweep, and what every function of `record` makes of that.
+
+    layout: with layers whose gradient is computed from factors that every device has, or None
+    """
     sweep = backprop(cost, state.params, *batch)
     C = cost.forward(state.params, *batch)[0]  # the same forward pass: compiled code has it once
-    gradient = mean_gradient(sweep) if len(batch) == 2 else gradient_of(sweep)
+    pairs = sweep if layout is None else layout.with_factors_gathered(sweep)
+    gradient = mean_gradient(pairs) if len(batch) == 2 else gradient_of(pairs)
     return _update(cost, optimizer, state, C, gradient, *batch), (C, [function(sweep) for function in record])
+
+
+def step_with_rows(cost: RuleLike, optimizer: Any, record: Sequence[Record], layout: Any) -> Callable:
+    """The step (state, *batch) -> (state, (cost, what is recorded)), from the sweep where that is needed."""
+    if record or (layout is not None and layout.factors):
+        return partial(recorded_step, cost, optimizer, record, layout)
+
+    def step(state, *batch):
+        state, C = train_step(cost, optimizer, state, *batch)
+        return state, (C, [])
+
+    return step
 
 
 def _update(cost, optimizer, state, C, gradient, *batch):
@@ -117,16 +133,21 @@ def train_epoch(
 
 
 def scan_epoch(
-    step_on: Callable, state: TrainState, data: tuple[Array, ...], batch_size: int
+    step_on: Callable, state: TrainState, data: tuple[Array, ...], batch_size: int, layout: Any = None
 ) -> tuple[TrainState, Any]:
-    """An epoch of steps (state, *batch) -> (state, row); the rows along a first axis."""
+    """An epoch of steps (state, *batch) -> (state, row); the rows along a first axis.
+
+    layout: a `Layout` of batches and state over several devices, which have the data whole
+    """
     batch_size = check_batches("train_epoch", data, batch_size)
     N = len(data[0])
     key, order = shuffle(state.key, N)
+    if layout is not None:
+        order = layout.whole(order)
 
     def step(state, rows):
-        batch = (a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
-        return step_on(state, *batch)
+        batch = tuple(a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
+        return laid_out_step(step_on, layout, state, batch)
 
     n_full = N - N % batch_size
     state, rows = jax.lax.scan(step, state._replace(key=key), order[:n_full].reshape(-1, batch_size))
@@ -134,6 +155,16 @@ def scan_epoch(
         state, last = step(state, order[n_full:])
         rows = jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), rows, last)
     return state, rows
+
+
+def laid_out_step(
+    step_on: Callable, layout: Any, state: TrainState, batch: tuple[Array, ...]
+) -> tuple[TrainState, Any]:
+    """A step (state, *batch) -> (state, row) whose batch and state are placed as the layout says."""
+    if layout is None:
+        return step_on(state, *batch)
+    state, row = step_on(state, *layout.rows(batch))
+    return layout.placed(state.params, state), layout.whole(row)
 
 
 def shuffle(key: Array, N: int) -> tuple[Array, Array]:
@@ -169,8 +200,14 @@ def epoch_numbers(
     train = [jnp.sum(wide * shares), *(metric(params, *data[:2]) for metric in metrics)]
     if validation is None:
         return train, []
-    held_out = [cost.forward(params, *validation)[0]]
-    return train, held_out + [metric(params, *validation[:2]) for metric in metrics]
+    return train, held_out_numbers(cost, metrics, params, validation)
+
+
+def held_out_numbers(
+    cost: RuleLike, metrics: Sequence[Metric], params: Any, validation: tuple[Array, ...]
+) -> list[Array]:
+    """Cost and metrics on the validation data."""
+    return [cost.forward(params, *validation)[0], *(metric(params, *validation[:2]) for metric in metrics)]
 
 
 def accuracy(net: RuleLike) -> Metric:

@@ -30,11 +30,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fnn as package
 from fnn import checkpoint, files
-from fnn.checkpoint import _DTYPES, CheckpointError
+from fnn.checkpoint import CheckpointError
+from fnn.leaves import DTYPES
 
 fnn: Any = package  # without types: wrong ones are among the points
 
-NAMES = [name for name in _DTYPES if not name.startswith("Python ")]
+NAMES = [name for name in DTYPES if not name.startswith("Python ")]
 SMALL = [
     name for name in NAMES if re.search(r"int[124]$|float[46]_", name)
 ]  # less than a byte, but stored as one
@@ -54,7 +55,7 @@ def random_bits(dtype: np.dtype, shape: tuple[int, ...], seed: int = 0) -> np.nd
 
 
 def of_name(name: str, shape: tuple[int, ...] = (5, 3)) -> np.ndarray:
-    dtype = _DTYPES[name]
+    dtype = DTYPES[name]
     return np.ones(shape).astype(dtype) if name in SMALL else random_bits(dtype, shape)
 
 
@@ -101,7 +102,7 @@ def test_every_dtype_comes_back_bit_for_bit(name, path):
 
 def test_dtypes_are_all_that_jax_has():
     has = {name for name in dir(jnp) if re.fullmatch(r"(bfloat|float|u?int|complex)\d+(_e\w+)?|bool", name)}
-    assert {"bfloat16", "int4", "float8_e4m3fn"} < has <= set(_DTYPES)
+    assert {"bfloat16", "int4", "float8_e4m3fn"} < has <= set(DTYPES)
 
 
 def test_nan_payloads_and_the_sign_of_zero_are_kept(path):
@@ -719,6 +720,7 @@ def test_other_names_are_no_checkpoints(tmp_path):
         "step-1.npz",
         "step-000000001.npz",
         "step-00000001.npz.bak",
+        "step-00000001",
         "step-0000000٣.npz",
         "best.npz",
     ):

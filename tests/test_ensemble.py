@@ -236,7 +236,9 @@ def test_progress_shows_medians_of_those_left(capsys):
     with pytest.warns(RuntimeWarning, match="2 of 5"):
         history = fit(optimizer=SGD, hyperparameters={"learning_rate": rates}, progress=True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"epoch 1/3  median cost {np.median(history.train['cost'][[1, 2, 4], 0]):.4f}")
+    median = np.median(history.train["cost"][[1, 2, 4], 0])
+    assert lines[0].startswith(f"epoch 1/3  step {-(-N // 8):>2}  median cost {median:.4f}")
+    assert lines[2].endswith(f"  {M * N / np.median(history.seconds[1:]):,.0f} examples/s")
     assert len(lines) == 3 and "median accuracy" in lines[2]
 
 
