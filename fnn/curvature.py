@@ -25,6 +25,7 @@ of W^l in J_nᵀ s_k is δ^{l,k} (a^{l-1})ᵀ. Diagonal and Kronecker factors ar
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,7 @@ def hessian_product(
     >>> print(fnn.hessian_product(cost, params, v, jnp.array([[2.0, 3.0]]), jnp.zeros((1, 1)))[0].W)
     [[4.1 6. ]]
     """
-    _check_cost("hessian_product", cost)
+    cost = _checked_cost("hessian_product", cost)
     _check_direction("hessian_product", params, v)
 
     def gradient(params):
@@ -98,13 +99,13 @@ def gauss_newton_product(
     True
     """
     where = "gauss_newton_product"
-    _check_cost(where, cost)
+    cost = _checked_cost(where, cost)
     _check_direction(where, params, v)
     residuals, outputs = _forward(cost, params, X, y, sample_weight)
     activations, network = cost.net.activations(params), residuals.network
     tangents = _output_tangents(activations, params, v, network.inputs, network.activations)
     # c_n multiplies H_n J_n v, and in 16 bits its small unit the sums, as in `gradient`.
-    unit = weight_unit(residuals.losses)
+    unit = weight_unit(residuals.losses.size, residuals.losses.dtype)
     weights = scaled(residuals.weights, 1 / unit)[..., None]
     A_bar = weights * widened(loss_hessian_product(cost.loss, outputs, y, tangents))
     errors = backpropagate_errors(activations, params, network.activations, A_bar.astype(outputs.dtype))
@@ -132,7 +133,7 @@ def gauss_newton_diagonal(
     >>> print(fnn.gauss_newton_diagonal(cost, params, jnp.array([[2.0, 3.0]]), jnp.zeros((1, 1)))[0].W)
     [[4. 9.]]
     """
-    _check_cost("gauss_newton_diagonal", cost)
+    cost = _checked_cost("gauss_newton_diagonal", cost)
     residuals, outputs = _forward(cost, params, X, y, sample_weight)
     weights = residuals.weights[..., None]
 
@@ -187,7 +188,7 @@ def kronecker_factors(
     >>> [(A.shape, G.shape) for A, G in factors]
     [((4, 4), (5, 5)), ((6, 6), (2, 2))]
     """
-    _check_cost("kronecker_factors", cost)
+    cost = _checked_cost("kronecker_factors", cost)
     if key is not None:
         check_key("kronecker_factors", key)
     residuals, outputs = _forward(cost, params, X, y, sample_weight)
@@ -289,11 +290,13 @@ def _has_bias(params: Params) -> list[bool]:
     return [layer.b is not None for layer in params]
 
 
-def _check_cost(where: str, cost: Any) -> None:
+def _checked_cost(where: str, cost: Any) -> Cost:
+    """The cost, computed in the dtype of the parameters: second derivatives have no digits to spare."""
     if not isinstance(cost, Cost) or not isinstance(cost.net, Network):
         raise TypeError(
             f"{where}: cost needs to be made by fnn.cost, of a network made by fnn.mlp; got {cost!r}."
         )
+    return replace(cost, net=replace(cost.net, dtype=None))
 
 
 def _check_direction(where: str, params: Params, v: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from .rules import is_array
@@ -57,6 +58,20 @@ def widened(x: Any) -> Any:
 def matmul(a: Array, b: Array) -> Array:
     """a @ b, summed and returned in at least 32 bits: bfloat16 does not see 1 more on a sum of 256."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32 if _is_narrow(a) else a.dtype)
+
+
+def transposed(x: Array) -> Array:
+    """xᵀ of a matrix, for a product: on a CPU in bfloat16 laid out row by row, at the price of a copy.
+
+    XLA on a CPU has kernels for products of two bfloat16 matrices that lie row by row; any other it computes
+    in float32. Left alone it never copies a transpose, but has the product read it as it lies. With copies
+    all three products of a layer get the fast kernels, which take about half the time
+    (experiments/benchmarks/training.py). The first constraint keeps the copy apart from what computes x.
+    """
+    if x.ndim != 2 or x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        return x.T
+    by_rows = Layout((0, 1))
+    return with_layout_constraint(with_layout_constraint(x, by_rows).T, by_rows)
 
 
 def scaled(x: Array, scale: float) -> Array:

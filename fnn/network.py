@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .activations import identity
-from .elementary import matmul, scaled, widened
+from .elementary import matmul, scaled, transposed, widened
 from .params import Params, check_not_narrowed, check_params
 from .rules import RuleLike, check_adjoints, check_rule_like, is_array
 from .sweep import add_penalty, backpropagate_errors, layer_gradients, weight_unit
@@ -35,10 +35,12 @@ class Network:
 
     hidden: the activation of every hidden layer, or a tuple with one for each
     output: the activation of the last layer
+    dtype: in which products are computed, if not in that of the parameters
     """
 
     hidden: RuleLike | tuple[RuleLike, ...]
     output: RuleLike
+    dtype: Any = None
 
     def activations(self, params: Params) -> tuple[RuleLike, ...]:
         """σ_1, ..., σ_L for a network of as many layers as `params`."""
@@ -57,13 +59,15 @@ class Network:
         """a^L for a batch (N, n_0) or a single example (n_0,), and what the pullback needs."""
         check_params("mlp", params)
         _check_inputs(params, X)
-        A, inputs, kept = X, [], []
+        dtype, inputs, kept = self._computes_in(X.dtype), [], []
+        A = X.astype(dtype)
         for (W, b), activation in zip(params, self.activations(params), strict=True):
-            Z = matmul(A, W.T)
+            Z = matmul(A, transposed(W.astype(dtype)))
             if b is not None:
                 Z = Z + jnp.broadcast_to(b.astype(Z.dtype), Z.shape)
             inputs.append(A)
-            A, residuals = activation.forward(Z.astype(A.dtype))
+            is_last = len(inputs) == len(params)  # what the loss reads is not rounded to `dtype`
+            A, residuals = activation.forward(Z.astype(X.dtype if is_last else dtype))
             kept.append(residuals)
         return A, NetworkResiduals(params, tuple(inputs), tuple(kept))
 
@@ -75,19 +79,48 @@ class Network:
         scale: multiplies them before they are rounded to the dtype of the parameters
         """
         params, inputs, kept = residuals
-        errors = backpropagate_errors(self.activations(params), params, kept, A_bar)
-        params_bar = layer_gradients(inputs, errors, [layer.b is not None for layer in params], scale)
-        return params_bar, scaled(matmul(errors[0], params[0].W), scale).astype(A_bar.dtype)
+        has_bias = [layer.b is not None for layer in params]
+        own = params[0].W.dtype
+        dtype = self._computes_in(own)
+        raised = jnp.finfo(dtype).maxexp < jnp.finfo(own).maxexp  # float16 alone has fewer exponents
+        by = _power_to_one(A_bar) if raised else None
+        A_bar = A_bar if by is None else A_bar * by
+        errors = backpropagate_errors(self.activations(params), params, kept, A_bar, dtype)
+        params_bar = layer_gradients(inputs, errors, has_bias, scale, own)
+        X_bar = scaled(matmul(errors[0], params[0].W.astype(dtype)), scale).astype(own)
+        if by is None:
+            return params_bar, X_bar
+        return jax.tree.map(lambda x: x / by, (params_bar, X_bar))
+
+    def _computes_in(self, own: Any) -> Any:
+        """The dtype of products, for parameters of dtype `own`."""
+        if self.dtype is None:
+            return own
+        if jnp.finfo(self.dtype).bits > jnp.finfo(own).bits:
+            raise TypeError(
+                f"mlp: dtype, in which products are computed, needs no more bits than the parameters, "
+                f"got {jnp.dtype(self.dtype)} and parameters {own}. Leave dtype out."
+            )
+        return self.dtype
 
     def __call__(self, params: Params, X: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         return self.forward(params, X)[0]
 
 
-def mlp(activation: RuleLike | list[Any] | tuple[RuleLike, ...], output: RuleLike = identity) -> Network:
+def mlp(
+    activation: RuleLike | list[Any] | tuple[RuleLike, ...], output: RuleLike = identity, *, dtype: Any = None
+) -> Network:
     """A fully connected network: a rule (params, X) -> a^L for `params` of any depth and widths.
 
     activation: one rule for all hidden layers, or a list with one for each; [] for a single layer
     output: the activation of the last layer; the identity gives logits, as the stable losses take
+    dtype: mixed precision. jnp.bfloat16 or jnp.float16 for products in 16 bits of parameters in 32, which
+        stay so, and with them the optimiser, as do the sums within products, biases, the outputs, and the
+        gradient: its sums are not rounded to 16 bits, as they are where autodiff passes back through a cast.
+        What is rounded are weights, activations and errors, each once, by 2⁻⁹ of itself at most in bfloat16
+        and 2⁻¹² in float16. The errors' size is taken care of: the pullback is linear, so in float16 it
+        multiplies them by the power of two that brings ∂C/∂a^L next to 1, and divides its results. No loss
+        scale needs to be chosen or adapted.
 
     Equal arguments give equal networks, so a network may be static under `jax.jit`.
 
@@ -103,7 +136,27 @@ def mlp(activation: RuleLike | list[Any] | tuple[RuleLike, ...], output: RuleLik
     for rule in hidden if isinstance(hidden, tuple) else (hidden,):
         check_rule_like("mlp: an activation", rule, "z", such_as="fnn.relu or fnn.leaky_relu(0.01)")
     check_rule_like("mlp: the output activation", output, "z", such_as="fnn.softmax")
-    return Network(hidden, output)
+    if dtype is not None:
+        try:
+            dtype = jnp.dtype(dtype)
+            is_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+        except (TypeError, ValueError):
+            is_float = False
+        if not is_float:
+            raise TypeError(f"mlp: dtype needs to be jnp.bfloat16, float16 or float32, got {dtype!r}.")
+    return Network(hidden, output, dtype)
+
+
+def _power_to_one(A_bar: Array) -> Array:
+    """The power of two that brings the largest |ā| between ½ and 1; 1 if that is 0 or not finite.
+
+    Multiplying by it is exact, and no number of the pullback's results depends on it but by what underflows.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(A_bar)))
+    _, exponent = jnp.frexp(largest)
+    exponent = jnp.clip(exponent, -100, 100)
+    power = jnp.ldexp(jnp.ones_like(largest), -exponent)
+    return jnp.where(jnp.isfinite(largest) & (largest > 0), power, jnp.ones_like(power))
 
 
 class CostResiduals(NamedTuple):
@@ -166,7 +219,7 @@ class Cost:
         net, dtype = self.net, residuals.losses.dtype
         # Weights are about 1/N, which in float16 could push the errors below the smallest number. Since the
         # pullback is linear they keep their size, and this factor comes after the sums over the batch.
-        unit = weight_unit(residuals.losses) if isinstance(net, Network) else 1.0
+        unit = weight_unit(residuals.losses.size, dtype) if isinstance(net, Network) else 1.0
         C_bars = scaled(widened(C_bar) * residuals.weights, 1 / unit).astype(dtype)
         A_bar, y_bar = check_adjoints(self.loss, self.loss.pullback(residuals.loss, C_bars), 2)
         if isinstance(net, Network):

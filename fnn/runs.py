@@ -150,7 +150,9 @@ def fit(
     skips = on_divergence == "skip"
     if skips:
         optimizer = skipping(optimizer)
-    run = fingerprint(cost, params, key, data, validation, batch_size=batch_size)
+    run = {}
+    if checkpoint is not None or layout is not None:
+        run = fingerprint(cost, params, key, data, validation, batch_size=batch_size)
     state = train_state(optimizer, params, key)
     placed: Any = data, validation
     if layout is not None:

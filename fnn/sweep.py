@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .elementary import matmul, scaled, widened
+from .elementary import matmul, scaled, transposed, widened
 from .feedback import DirectFeedback, check_feedback
 from .params import Layer, Params
 from .rules import RuleLike
@@ -46,6 +46,7 @@ class Sweep:
     weights: (N,) c_n = ∂C/∂C_n, so 1/N for a plain mean; in at least 32 bits
     penalty: the penalty's gradient with respect to W^1, ..., W^L, or None where there is no penalty
     has_bias: for every layer, whether it has one
+    dtype: of the parameters, and so of gradients, where the network computes in another; None if not
 
     For a single example (n,) the batch axis is absent everywhere.
     """
@@ -56,6 +57,7 @@ class Sweep:
     weights: Array
     penalty: tuple[Array, ...] | None
     has_bias: tuple[bool, ...] = field(metadata={"static": True})
+    dtype: Any = field(default=None, metadata={"static": True})
 
 
 def backprop(
@@ -96,10 +98,13 @@ def backprop(
     return Sweep(
         losses=losses,
         inputs=network.inputs,
-        errors=backpropagate_errors(cost.net.activations(params), way_back, network.activations, A_bar),
+        errors=backpropagate_errors(
+            cost.net.activations(params), way_back, network.activations, A_bar, cost.net.dtype
+        ),
         weights=residuals.weights,
         penalty=cost.penalty_gradient(params),
         has_bias=tuple(layer.b is not None for layer in params),
+        dtype=None if cost.net.dtype is None else params[0].W.dtype,
     )
 
 
@@ -125,29 +130,30 @@ def gradient(sweep: Sweep) -> Params:
 
 def mean_gradient(sweep: Sweep) -> Params:
     """`gradient` where every c_n is 1/N, which comes after the sums: no weighted errors are kept beside δ."""
-    layers = layer_gradients(sweep.inputs, sweep.errors, sweep.has_bias, 1 / sweep.losses.size)
+    scale = 1 / sweep.losses.size
+    layers = layer_gradients(sweep.inputs, sweep.errors, sweep.has_bias, scale, sweep.dtype)
     return add_penalty(layers, sweep.penalty)
 
 
 def weighted_gradient(sweep: Sweep, weights: Sequence[Float[Array, "*batch"]]) -> Params:
     """Σ_n w_n δ^l_n (a^{l-1}_n)ᵀ and the penalty's gradient, with weights of about c_n for every layer."""
-    unit = weight_unit(sweep.losses)
+    unit = weight_unit(sweep.losses.size, sweep.errors[-1].dtype)
     errors = tuple(
         (scaled(w, 1 / unit)[..., None] * widened(delta)).astype(delta.dtype)
         for w, delta in zip(weights, sweep.errors, strict=True)
     )
-    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit)
+    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit, sweep.dtype)
     return add_penalty(layers, sweep.penalty)
 
 
-def weight_unit(losses: Array) -> float:
-    """The power of two next to 1/N, where losses have 16 bits; otherwise 1.
+def weight_unit(N: int, dtype: Any) -> float:
+    """The power of two next to 1/N, where errors have 16 bits; otherwise 1.
 
     A mean's weights c_n are about 1/N, and c_n δ_n may be below float16's 6·10⁻⁸ where the gradient is not.
     So c_n/unit multiplies the errors, and unit the sums over the batch, before they are rounded. A power of
     two costs no digit.
     """
-    return 1.0 if jnp.finfo(losses.dtype).bits >= 32 else 2.0 ** -round(log2(losses.size))
+    return 1.0 if jnp.finfo(dtype).bits >= 32 else 2.0 ** -round(log2(N))
 
 
 def backpropagate_errors(
@@ -155,18 +161,22 @@ def backpropagate_errors(
     params: Params | DirectFeedback,
     residuals: Sequence[Any],
     A_bar: Float[Array, "*batch n"],
+    dtype: Any = None,
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """δ^1, ..., δ^L from ā^L = ∂C/∂a^L and what every activation kept on the way forward (BP1, BP2).
 
     params: of the network, or what stands in their place on the way back
+    dtype: in which the network computes, if not in that of ā^L
     """
     (delta,) = activations[-1].pullback(residuals[-1], A_bar)  # BP1
+    delta = delta if dtype is None else delta.astype(dtype)
     errors = [delta]
     for l in reversed(range(len(activations) - 1)):
         if isinstance(params, DirectFeedback):
-            A_bar = matmul(errors[0], params.matrices[l]).astype(delta.dtype)  # from δ^L at once
+            W, delta = params.matrices[l], errors[0]  # from δ^L at once
         else:
-            A_bar = matmul(delta, params[l + 1].W).astype(delta.dtype)
+            W = params[l + 1].W
+        A_bar = matmul(delta, W if dtype is None else W.astype(dtype)).astype(delta.dtype)
         (delta,) = activations[l].pullback(residuals[l], A_bar)  # BP2
         errors.append(delta)
     return tuple(reversed(errors))
@@ -177,16 +187,17 @@ def layer_gradients(
     errors: Sequence[Float[Array, "*batch _"]],
     has_bias: Sequence[bool],
     scale: float = 1.0,
+    dtype: Any = None,
 ) -> Params:
     """∂C/∂b^l = Σ_n δ^l_n and ∂C/∂W^l = Σ_n δ^l_n (a^{l-1}_n)ᵀ (BP3, BP4), times `scale`.
 
-    The sums are in at least 32 bits, and rounded once.
+    The sums are in at least 32 bits, and rounded once: to `dtype`, by default that of the inputs.
     """
     layers = []
     for A, delta, has_b in zip(inputs, errors, has_bias, strict=True):
         A, delta = jnp.atleast_2d(A), jnp.atleast_2d(delta)  # a single example is a batch of one
-        W_bar, b_bar = matmul(delta.T, A), widened(delta).sum(axis=0) if has_b else None
-        W_bar, b_bar = jax.tree.map(lambda x: scaled(x, scale).astype(A.dtype), (W_bar, b_bar))
+        W_bar, b_bar = matmul(transposed(delta), A), widened(delta).sum(axis=0) if has_b else None
+        W_bar, b_bar = jax.tree.map(lambda x: scaled(x, scale).astype(dtype or A.dtype), (W_bar, b_bar))
         layers.append(Layer(W=W_bar, b=b_bar))
     return tuple(layers)
 
