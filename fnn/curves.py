@@ -14,12 +14,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 TRAINING, VALIDATION, BEST = "tab:blue", "tab:orange", "0.45"
-WIDTH, HEIGHT, LEGEND, COLUMNS = (
-    4.4,
-    3.2,
-    0.4,
-    3,
-)  # inches of a panel and of the line above; most panels in a row
+WIDTH, HEIGHT, LEGEND = 4.4, 3.2, 0.4  # inches of a panel, and of the line above
+COLUMNS = 3  # panels in a row, at most
 FEW = 30  # epochs, up to which each is a point on its curve
 
 
@@ -60,15 +56,18 @@ def draw_history(history: History, path: str | os.PathLike[str] | None = None) -
     except ImportError as error:
         hint = 'pip install "fnn[experiments]"'
         raise ImportError(f"draw_history: needs matplotlib, in the extra experiments: {hint}.") from error
-    rows = -(-len(history.train) // COLUMNS)
-    columns = -(-len(history.train) // rows)
+    parts, names = (history.train, history.validation), list({**history.train, **history.validation})
+    rows = -(-len(names) // COLUMNS)
+    columns = -(-len(names) // rows)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
     figure = Figure((WIDTH * columns, HEIGHT * rows + LEGEND), dpi=150, layout=layout)
     panels = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
     best = _best_epoch(history)
-    for axes, name in zip(panels, history.train, strict=False):
-        _draw(axes, name, [part[name] for part in (history.train, history.validation) if part], best)
-    for axes in panels[len(history.train) :]:
+    for axes, name in zip(panels, names, strict=False):
+        drawn = zip(parts, ("training", "validation"), (TRAINING, VALIDATION), strict=True)
+        curves = [(part[name], label, color) for part, label, color in drawn if name in part]
+        _draw(axes, name, curves, best)
+    for axes in panels[len(names) :]:
         axes.remove()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     if path is not None:
@@ -84,19 +83,19 @@ def _best_epoch(history: History) -> int | None:
     return int(np.nanargmin(cost)) + 1
 
 
-def _draw(axes: "Axes", name: str, curves: Sequence[np.ndarray], best: int | None) -> None:
+def _draw(axes: "Axes", name: str, curves: Sequence[tuple[np.ndarray, str, str]], best: int | None) -> None:
+    """curves: numbers, label and colour of each."""
     from matplotlib.ticker import MaxNLocator
 
-    epochs = np.arange(1, len(curves[0]) + 1)
+    epochs = np.arange(1, len(curves[0][0]) + 1)
     marker = "." if len(epochs) <= FEW else ""
-    parts = (("training", TRAINING), ("validation", VALIDATION))
-    for numbers, (label, color) in zip(curves, parts, strict=False):
+    for numbers, label, color in curves:
         axes.plot(epochs, numbers, color=color, marker=marker, linewidth=1.5, label=label)
     if best is not None:  # a point on the validation curve, where there is one
         axes.axvline(best, color=BEST, linewidth=1, linestyle="--", label=f"best epoch, {best}", zorder=1)
-        color = parts[len(curves) - 1][1]
-        axes.plot(best, curves[-1][best - 1], "o", color=color, markeredgecolor="white", zorder=3)
-    finite = np.concatenate(curves)
+        numbers, _, color = curves[-1]
+        axes.plot(best, numbers[best - 1], "o", color=color, markeredgecolor="white", zorder=3)
+    finite = np.concatenate([numbers for numbers, *_ in curves])
     finite = finite[np.isfinite(finite)]
     if name == "cost" and len(finite) and 0 < 10 * finite.min() < finite.max():
         axes.set_yscale("log")

@@ -11,17 +11,20 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from .checkpoint import CheckpointError, Checkpoints
+from .curves import draw_history
 from .files import replacing
+from .history import History
 from .sharded_checkpoint import ShardedCheckpoints
 
 SECONDS = 30.0  # between two checkpoints, at least
@@ -60,7 +63,7 @@ def _checksum(array: Array) -> str:
 
 
 class RunFolder:
-    """The checkpoints of one run and its history as `history.jsonl`.
+    """The checkpoints of one run, `config.json`, `history.jsonl`, and at its end `history.png`.
 
     A process alone writes `Checkpoints`, several write `ShardedCheckpoints`; both go on from the newest of
     either.
@@ -94,13 +97,36 @@ class RunFolder:
     def save(self, epoch: int, step: int, tree: Any, history: str) -> None:
         self.checkpoints.save(step, tree, {"epoch": epoch, "step": step, "run": self.run})
         if jax.process_index() == 0:
-            with replacing("fit", Path(self.checkpoints.folder) / "history.jsonl") as file:
-                file.write(history.encode())
+            self._write("history.jsonl", history)
+            if not self._path("config.json").exists():
+                self._write("config.json", json.dumps(self.run | _machine(), indent=2) + "\n")
         self.saved_at = time.monotonic()
+
+    def draw(self, history: History) -> None:
+        """The learning curves, where matplotlib is installed."""
+        if jax.process_index() == 0 and len(history.seconds):
+            with suppress(ImportError):
+                draw_history(history, self._path("history.png"))
+
+    def _path(self, name: str) -> Path:
+        return Path(self.checkpoints.folder) / name
+
+    def _write(self, name: str, text: str) -> None:
+        with replacing("fit", self._path(name)) as file:
+            file.write(text.encode())
 
     @property
     def is_due(self) -> bool:
         return time.monotonic() - self.saved_at > SECONDS
+
+
+def _machine() -> dict[str, Any]:
+    """What a run began on, for whoever reads its folder later; a run may go on elsewhere."""
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} {devices[0].device_kind} of {jax.process_count()} processes",
+        "versions": {module.__name__: module.__version__ for module in (jax, optax, np)},
+    }
 
 
 def _newest(folder: Any) -> Checkpoints | ShardedCheckpoints:

@@ -102,7 +102,8 @@ def fit(
         and ends with the bits of a run that was not stopped. `epochs` may be larger then. `history.jsonl`
         there has a line for each epoch. Callbacks see only the epochs that are run, and a run that one of
         them ended is over. Another cost, other parameters or other data are refused; an optimiser of the same
-        structure with another learning rate, and other metrics of the same names, are not noticed.
+        structure with another learning rate, and other metrics of the same names, are not noticed. At the end
+        `history.png` there shows the run, if matplotlib is installed.
     layout: such as `fnn.data_parallel()`, for a run on all devices of all processes; every device has the
         whole data. Results are those of one device up to rounding, and a run that is resumed may have
         another layout. With several processes the checkpoints are `ShardedCheckpoints`.
@@ -309,6 +310,8 @@ def follow(
                 save()
         if calls:
             save()
+        if folder is not None and calls and not ends:
+            folder.draw(history(None))
         if ends or answers(is_terminated()).any():
             print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)

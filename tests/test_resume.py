@@ -21,6 +21,7 @@ ADAM = optax.adam(0.05)
 @pytest.fixture(autouse=True)
 def save_after_every_call(monkeypatch):
     monkeypatch.setattr(resume, "SECONDS", 0.0)
+    monkeypatch.setattr(resume, "draw_history", lambda history, path: None)  # half a second each
 
 
 class Stopped(Exception):
@@ -211,3 +212,28 @@ def test_not_due_is_not_saved_but_the_end_is(tmp_path, monkeypatch):
     fit(cost, ADAM, params, data, epochs=9, checkpoint=tmp_path)
     assert [path.name for path in tmp_path.glob("*.npz")] == ["step-00000045.npz"]
     np.testing.assert_array_equal(len((tmp_path / "history.jsonl").read_text().splitlines()), 9)
+
+
+def test_a_run_s_folder_says_what_it_was_and_shows_it(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(resume, "draw_history", lambda *arguments: drawn.append(arguments))
+    cost, params, data = problem()
+    history = fit(cost, ADAM, params, data, epochs=3, checkpoint=tmp_path)
+    ((shown, path),) = drawn
+    assert_equal(dict(shown.train), dict(history.train))
+    assert path == tmp_path / "history.png"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["cost"] == repr(cost) and config["versions"]["jax"] == jax.__version__
+    assert "of 1 processes" in config["devices"]
+    fit(cost, ADAM, params, data, epochs=3, checkpoint=tmp_path)  # finished: nothing is drawn anew
+    assert len(drawn) == 1
+
+
+def test_a_run_without_matplotlib_has_no_picture(tmp_path, monkeypatch):
+    def missing(history, path):
+        raise ImportError
+
+    monkeypatch.setattr(resume, "draw_history", missing)
+    cost, params, data = problem()
+    fit(cost, ADAM, params, data, epochs=1, checkpoint=tmp_path)
+    assert not (tmp_path / "history.png").exists()
