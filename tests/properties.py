@@ -182,8 +182,14 @@ def check_sweep(fnn, cost, params, X, y, *weight):
 
     And the gradient made of them is the cost's, penalty and weights included.
     """
-    sweep = jax.jit(partial(fnn.backprop, cost))(params, X, y, *weight)
-    nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
+
+    @jax.jit
+    def by_hand(params, X, y, *weight):
+        sweep = fnn.backprop(cost, params, X, y, *weight)
+        return sweep, fnn.gradient(sweep)
+
+    sweep, got = by_hand(params, X, y, *weight)
+    nudges = [np.zeros((len(X), layer.W.shape[0])) for layer in params]
 
     def losses(nudges):
         A = X
@@ -196,7 +202,7 @@ def check_sweep(fnn, cost, params, X, y, *weight):
     def autodiff(nudges):
         return losses(nudges), jax.grad(lambda nudges: losses(nudges).sum())(nudges)
 
-    values, expected = autodiff(nudges)
+    values, expected = jax.device_get(autodiff(nudges))
     np.testing.assert_allclose(sweep.losses, values, rtol=1e-12)
     assert len(sweep.errors) == len(params)
     # A running bound of the rounding: the same recursion on absolute values. Nothing cancels there, as it
@@ -204,8 +210,7 @@ def check_sweep(fnn, cost, params, X, y, *weight):
     # slope beyond 1.13, and every step has slack.
     y_terms = np.abs(y) if jnp.issubdtype(y.dtype, jnp.floating) else np.float64(1)
     terms = np.maximum(np.abs(expected[-1]), y_terms)
-    got = jax.jit(fnn.gradient)(sweep)
-    _, want = jax.jit(jax.value_and_grad(cost))(params, X, y, *weight)
+    want = jax.device_get(jax.jit(jax.grad(cost))(params, X, y, *weight))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for l in reversed(range(len(params))):
         terms = np.maximum(terms, np.abs(expected[l]))
@@ -213,7 +218,8 @@ def check_sweep(fnn, cost, params, X, y, *weight):
         assert_close(sweep.errors[l], expected[l], "float64", what=what, fan_in=8, terms=size)
         for a, b in zip(jax.tree.leaves(got[l]), jax.tree.leaves(want[l]), strict=True):
             size = float(
-                (sweep.weights[:, None] * terms).sum(axis=0).max() * max(1, np.abs(sweep.inputs[l]).max())
+                (np.asarray(sweep.weights)[:, None] * terms).sum(axis=0).max()
+                * max(1, np.abs(sweep.inputs[l]).max())
             )
             assert_close(a, b, "float64", what=f"gradient of layer {l + 1}", fan_in=16, terms=size)
         terms = terms @ np.abs(params[l].W)
@@ -228,7 +234,7 @@ def check_feedback(fnn, cost, params, X, y):
     other = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape)), params)
     n_last = params[-1].W.shape[0]
     D = tuple(jnp.asarray(rng.standard_normal((n_last, layer.W.shape[0]))) for layer in params[:-1])
-    nudges = [jnp.zeros((len(X), layer.W.shape[0])) for layer in params]
+    nudges = [np.zeros((len(X), layer.W.shape[0])) for layer in params]
     activations = cost.net.activations(params)
 
     def aligned(nudges):
@@ -283,15 +289,22 @@ def check_visits(fnn, N, batch_size):
     assert state.step == 2 * steps
 
 
-def orders(fnn, key, N=23, epochs=1):
-    """The order of the examples in each epoch: with batches of one, a cost that is the example's number."""
+@cache
+def of_numbers(fnn):
+    """A cost that is the example's number, and an optimiser: compiled once for all orders of one length."""
     number = fnn.Rule(
         lambda p, X, y: (p * 0 + X[0], p),
         lambda p, C_bar: (jnp.zeros_like(p), None, None),
     )
-    state, result = fnn.train_state(optax.sgd(1.0), jnp.zeros(()), key), []
+    return number, optax.sgd(1.0)
+
+
+def orders(fnn, key, N=23, epochs=1):
+    """The order of the examples in each epoch: with batches of one, a cost that is the example's number."""
+    number, optimizer = of_numbers(fnn)
+    state, result = fnn.train_state(optimizer, jnp.zeros(()), key), []
     for _ in range(epochs):
-        state, costs = fnn.train_epoch(number, optax.sgd(1.0), state, numbered(N), 1)
+        state, costs = fnn.train_epoch(number, optimizer, state, numbered(N), 1)
         result.append(np.asarray(costs).astype(int).tolist())
     return result
 

@@ -63,9 +63,11 @@ def _normal(rng, shape, away_from=None):
 
 
 def _probabilities(rng, shape):
-    """Rows that sum to one, no entry below 0.02 or so: logarithms of these are ordinary numbers.
+    """Rows that sum to one, no entry below 0.02: logarithms of these are ordinary numbers.
     A single number is the probability of one of two outcomes."""
-    exps = np.exp(rng.uniform(-1, 1, (INSTANCES, *shape[:-1], max(shape[-1], 2))))
+    K = max(shape[-1], 2)
+    spread = min(1.0, np.log(49 / (K - 1)) / 2)  # the smallest of K is at least 1/(1 + (K - 1) e^(2 spread))
+    exps = np.exp(rng.uniform(-spread, spread, (INSTANCES, *shape[:-1], K)))
     return (exps / exps.sum(axis=-1, keepdims=True))[..., : shape[-1]]
 
 

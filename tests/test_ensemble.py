@@ -225,7 +225,7 @@ def test_state_is_reused_and_beside_it_stands_one_chunk():
     params, data, keys = problem(256, "float32")
     state = jax.vmap(partial(fnn.train_state, SGD))(params, jax.vmap(jax.random.key_data)(keys))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    compiled = ensemble._compiled_epoch(COST, SGD, (), 8, 4).lower(state, data, None).compile()
+    compiled = ensemble._compiled_epoch(COST, SGD, (), 8, 4, None).lower(state, data, None).compile()
     memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size > 3 * memory.temp_size_in_bytes
 

@@ -92,10 +92,10 @@ def test_custom_vjp_is_differentiated_by_our_pullback_also_under_checkpoint():
     cost, params, X, y = problem(l2=0.1)
     ours = value_and_grad(cost)(params, X, y)
     function = fnn.as_custom_vjp(cost)
-    assert_same(jax.value_and_grad(function)(params, X, y), ours)
-    assert_same(jax.value_and_grad(jax.checkpoint(function))(params, X, y), ours)
+    assert_same(jax.jit(jax.value_and_grad(function))(params, X, y), ours)
+    assert_same(jax.jit(jax.value_and_grad(jax.checkpoint(function)))(params, X, y), ours)
     wrong = fnn.Rule(cost.forward, lambda *_: (jax.tree.map(jnp.zeros_like, params), 0 * X, 0 * y))
-    zero = jax.grad(fnn.as_custom_vjp(wrong))(params, X, y)
+    zero = jax.jit(jax.grad(fnn.as_custom_vjp(wrong)))(params, X, y)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(zero)), "jax.grad asks the rule, not the forward"
 
 
@@ -110,7 +110,7 @@ def test_rules_inside_a_custom_vjp_compose_with_autodiff_around_them():
     def plain(params):
         return jnp.sum(jnp.sin(forward(params, 2 * X)[0]) ** 2)
 
-    assert_same(jax.grad(around)(params), jax.grad(plain)(params))
+    assert_same(jax.jit(jax.grad(around))(params), jax.jit(jax.grad(plain))(params))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,7 +237,8 @@ def test_a_whole_step_uses_no_autodiff(monkeypatch, standard_promotion):
 def test_agreement_holds_where_the_batch_is_as_large_as_a_width():
     """N = n_1 = n_2: a product with the wrong side transposed would have the right shape."""
     cost, params, X, y = problem(N=4, widths=(4, 4, 4, 4))
-    assert_same(value_and_grad(cost)(params, X, y), jax.value_and_grad(cost)(params, X, y), rtol=1e-12)
+    autodiff = jax.jit(jax.value_and_grad(cost))(params, X, y)
+    assert_same(value_and_grad(cost)(params, X, y), autodiff, rtol=1e-12)
 
 
 def test_gradient_error_stays_within_rounding_on_a_wide_network():

@@ -11,6 +11,9 @@ from tests import reference
 from tests.properties import check_sweep
 from tests.strategies import Architecture, architectures, network_case
 
+backprop = jax.jit(fnn.backprop, static_argnums=0)
+gradient = jax.jit(fnn.gradient)
+
 
 def draw_batch(arch: Architecture, seed: int = 0):
     case = network_case(fnn, arch)
@@ -29,7 +32,7 @@ def test_sweep_has_every_error_and_its_gradient_is_the_costs(arch, seed):
 def test_inputs_are_the_activations_of_the_layer_before():
     arch = Architecture(hidden=("tanh", "softmax"))
     case, (params, X, y), (params_, X_, _) = draw_batch(arch)
-    sweep = fnn.backprop(case.rule, params, X, y)
+    sweep = backprop(case.rule, params, X, y)
     np.testing.assert_array_equal(sweep.inputs[0], X)
     forward = reference.network(arch.activations, params_, X_)
     for n, (zs, _) in enumerate(forward):
@@ -40,14 +43,14 @@ def test_inputs_are_the_activations_of_the_layer_before():
 def test_errors_follow_layer_order():
     arch = Architecture()
     case, (params, X, y), _ = draw_batch(arch)
-    sweep = fnn.backprop(case.rule, params, X, y)
+    sweep = backprop(case.rule, params, X, y)
     assert [delta.shape[1] for delta in sweep.errors] == list(arch.widths[1:])
     assert [A.shape[1] for A in sweep.inputs] == list(arch.widths[:-1])
 
 
 def test_last_error_of_squared_error_is_output_minus_target():
     case, (params, X, y), _ = draw_batch(Architecture())
-    sweep = fnn.backprop(case.rule, params, X, y)
+    sweep = backprop(case.rule, params, X, y)
     np.testing.assert_allclose(sweep.errors[-1], case.rule.net(params, X) - y, rtol=1e-13)
 
 
@@ -55,8 +58,8 @@ def test_last_error_of_squared_error_is_output_minus_target():
 def test_errors_know_nothing_of_weights_and_penalty_but_the_gradient_does(reduction):
     arch = Architecture(weighted=True, l2=0.1, reduction=reduction)
     case, (params, X, y, w), _ = draw_batch(arch)
-    sweep = fnn.backprop(case.rule, params, X, y, w)
-    plain = fnn.backprop(case.rule, params, X, y)
+    sweep = backprop(case.rule, params, X, y, w)
+    plain = backprop(case.rule, params, X, y)
     for a, b in zip(sweep.errors, plain.errors, strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(sweep.weights, w / (len(X) if reduction == "mean" else w.sum()), rtol=1e-15)
@@ -66,11 +69,11 @@ def test_errors_know_nothing_of_weights_and_penalty_but_the_gradient_does(reduct
 
 def test_sweep_of_one_example_has_no_batch_axis():
     case, (params, X, y), _ = draw_batch(Architecture(l2=0.1))
-    sweep = fnn.backprop(case.rule, params, X[0], y[0])
-    rows = fnn.backprop(case.rule, params, X[:1], y[:1])
+    sweep = backprop(case.rule, params, X[0], y[0])
+    rows = backprop(case.rule, params, X[:1], y[:1])
     assert sweep.losses.shape == () and sweep.errors[0].shape == (5,) and sweep.inputs[0].shape == (3,)
     np.testing.assert_allclose(sweep.errors[1], rows.errors[1][0], rtol=1e-14)
-    for a, b in zip(jax.tree.leaves(fnn.gradient(sweep)), jax.tree.leaves(fnn.gradient(rows)), strict=True):
+    for a, b in zip(jax.tree.leaves(gradient(sweep)), jax.tree.leaves(gradient(rows)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13)
 
 
@@ -79,7 +82,7 @@ def test_sweep_passes_through_jit_and_vmap():
     sweep = fnn.backprop(case.rule, params, X, y)
     compiled = jax.jit(fnn.backprop, static_argnums=0)(case.rule, params, X, y)
     assert jax.tree.structure(compiled) == jax.tree.structure(sweep)
-    each = jax.vmap(lambda x, t: fnn.backprop(case.rule, params, x, t))(X, y)
+    each = jax.jit(jax.vmap(lambda x, t: fnn.backprop(case.rule, params, x, t)))(X, y)
     for a, b, c in zip(compiled.errors, sweep.errors, each.errors, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-13)
         np.testing.assert_allclose(c, b, rtol=1e-13)
@@ -87,5 +90,5 @@ def test_sweep_passes_through_jit_and_vmap():
 
 def test_gradient_keeps_layers_without_bias():
     case, (params, X, y), _ = draw_batch(Architecture(bias=False))
-    gradient = fnn.gradient(fnn.backprop(case.rule, params, X, y))
-    assert all(layer.b is None for layer in gradient)
+    without = jax.eval_shape(lambda *args: fnn.gradient(fnn.backprop(case.rule, *args)), params, X, y)
+    assert all(layer.b is None for layer in without)

@@ -4,6 +4,7 @@ time, and the same properties that guard the package must fail on the copy.
 `python -m pytest tests/test_the_tests.py -n 0 -s` prints the score.
 """
 
+import compileall
 import importlib
 import shutil
 import sys
@@ -34,15 +35,26 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 SOURCE = Path(package.__file__).parent
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The package with its bytecode: all that a copy of it compiles anew is the file with the fault."""
+    folder = tmp_path_factory.mktemp("source") / "fnn"
+    shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
 @contextmanager
-def planted(tmp_path: Path, file: str = "", old: str = "", new: str = ""):
+def planted(source: Path, tmp_path: Path, file: str = "", old: str = "", new: str = ""):
     """A copy of the package in which `old`, found once in `file`, is `new`; imported as `fnn`."""
-    shutil.copytree(SOURCE, tmp_path / "fnn", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, tmp_path / "fnn")
     if file:
         path = tmp_path / "fnn" / file
-        source = path.read_text(encoding="utf-8")
-        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
-        path.write_text(source.replace(old, new), encoding="utf-8")
+        for bytecode in (tmp_path / "fnn" / "__pycache__").glob(f"{path.stem}.*"):
+            bytecode.unlink()
+        text = path.read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        path.write_text(text.replace(old, new), encoding="utf-8")
     # Shape annotations off: numbers have to catch it (and beartype takes the copy's Layer for the original's).
     jaxtyping.config.update("jaxtyping_disable", True)
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fnn"}
@@ -193,7 +205,7 @@ def many_examples(fnn):
 def gradient(fnn):
     case = network_case(fnn, PLAIN)
     one = case.draw_one()
-    ours, theirs = fnn.value_and_grad(case.rule)(*one), jax.value_and_grad(case.rule)(*one)
+    ours, theirs = (jax.jit(f(case.rule))(*one) for f in (fnn.value_and_grad, jax.value_and_grad))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
 
@@ -268,7 +280,7 @@ FAULTS = [
     Fault("gradient with respect to X forgotten", N, "return params_bar, scaled(", "return params_bar, 0 * scaled(", cost()),
     Fault("1/N dropped", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1.0)", cost()),
     Fault("1/N twice", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1 / N**2)", cost()),
-    Fault("1/N before the sums, in float16", N, "weight_unit(residuals.losses) if", "1.0 if", many_examples),
+    Fault("1/N before the sums, in float16", N, "weight_unit(residuals.losses.size, dtype) if", "1.0 if", many_examples),
     Fault("sample weight not applied", N, "widened(C_bar) * residuals.weights,", "widened(C_bar) * jnp.full_like(residuals.weights, 1 / residuals.weights.size),", cost(WEIGHTED)),
     Fault("weighted mean divided by N on the way back", N, "w / total, ((L", "w / N, ((L", cost(WEIGHTED)),
     Fault("slope of a sample weight without the mean's", N, "(L - C) / total", "L / total", cost(WEIGHTED)),
@@ -324,8 +336,8 @@ CAUGHT = []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_planted_fault_is_caught(fault, tmp_path):
-    with planted(tmp_path, fault.file, fault.old, fault.new) as copy:
+def test_planted_fault_is_caught(fault, source, tmp_path):
+    with planted(source, tmp_path, fault.file, fault.old, fault.new) as copy:
         with pytest.raises(AssertionError):  # numbers that differ; any other error would be the fault's own
             fault.caught_by(copy)
         # The judge that users have sees it too, unless it is another function with the right gradient of it.
@@ -334,8 +346,8 @@ def test_planted_fault_is_caught(fault, tmp_path):
     CAUGHT.append(fault.what)
 
 
-def test_copy_without_a_fault_passes_every_check(tmp_path):
-    with planted(tmp_path) as copy:
+def test_copy_without_a_fault_passes_every_check(source, tmp_path):
+    with planted(source, tmp_path) as copy:
         for check in {fault.caught_by for fault in FAULTS}:
             check(copy)
 

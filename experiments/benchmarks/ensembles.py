@@ -190,7 +190,8 @@ def epoch_table(name: str, rounds: int) -> str:
     compiled: list[Any] = []
     for size in sizes:
         state = jax.vmap(partial(fnn.train_state, ADAM))(networks.params, networks.keys)
-        epoch = ensemble._compiled_epoch(COST, ADAM, (), batch_size, size).lower(state, data, None).compile()
+        epoch = ensemble._compiled_epoch(COST, ADAM, (), batch_size, size, None)
+        epoch = epoch.lower(state, data, None).compile()
         compiled.append(epoch)
     memory = [epoch.memory_analysis().temp_size_in_bytes / 2**20 for epoch in compiled]
     state_size = compiled[0].memory_analysis().alias_size_in_bytes / 2**20

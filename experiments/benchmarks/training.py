@@ -4,11 +4,13 @@
 
 Networks of relu with softmax cross-entropy of class numbers, trained with Adam(1e-3) and SGD(1e-2):
 
-    S    64-64-10, batch 32, 1,408 of the handwritten digits, 20 epochs in each measurement
-    M    784-512-512-10, batch 128, 2,048 made-up examples, 4 epochs
-    L    1024-4096-4096-1024, batch 512, 2,048 made-up examples, 1 epoch: 4 steps
+    S    64-64-10, batch 32, 1,408 of the handwritten digits, 20 epochs in each measurement; 300 where whole
+         runs are compiled, which takes about as long
+    M    784-512-512-10, batch 128, 2,048 made-up examples, 4 epochs and 8
+    L    1024-4096-4096-1024, batch 512, 4,096 made-up examples, 2 epochs: 16 steps
 
     fnn.fit         as it stands in the README, without validation, metrics and bar
+    fnn.train_step  the same step, all epochs as one compiled scan: what fit's calls cost is the difference
     jax.grad        of the same cost in plain JAX with optax: all epochs are one compiled scan
     Equinox         its documented loop: a step under eqx.filter_jit, batches from a permutation
     Flax NNX        its documented loop: a step under nnx.jit, nnx.Optimizer, batches by NumPy; and the step
@@ -17,12 +19,13 @@ Networks of relu with softmax cross-entropy of class numbers, trained with Adam(
                     "compiled" is torch.compile of the model; "DataLoader" takes the batches from one with
                     shuffle=True, the others index the tensors by slices of torch.randperm
     scikit-learn    MLPClassifier; not at L, where a class has no example
-    bfloat16        products of bfloat16 numbers; parameters, optimiser and softmax in float32: by a cast of
-                    the parameters in each step of jax.grad's scan, and by torch.autocast. "sums in float32"
-                    asks for forward products with preferred_element_type=float32 and rounds them after
+    bfloat16        products of bfloat16 numbers; parameters, optimiser and softmax in float32: by
+                    fnn.mlp(..., dtype=jnp.bfloat16), by a cast of the parameters in each step of jax.grad's
+                    scan, and by torch.autocast. "sums in float32" asks for forward products with
+                    preferred_element_type=float32 and rounds them after
 
-All else is float32. Every row begins with the same weights and makes equally many steps, in an order shuffled
-for every epoch, on data that are in memory beforehand as arrays of that library. A measurement is a whole run
+All else is float32. Every row begins with the same weights and makes its steps in an order shuffled for
+every epoch, on data that are in memory beforehand as arrays of that library. A measurement is a whole run
 from these weights: it includes the optimiser's state, which at L is a few per cent, and leaves out all
 compilation. In a round every row has its turn, in another order each time. Examples per second are of the
 median of the rounds; "time / fit's" is the ratio of the medians, and in brackets the range that holds the
@@ -65,18 +68,19 @@ class Size(NamedTuple):
     N: int
     batch_size: int
     epochs: int  # in each measurement
+    compiled: int  # as many epochs where all of them are compiled
     times: int  # as many rounds as --rounds says
 
 
 SIZES = {
-    "S": Size((64, 64, 10), 1408, 32, 20, 3),
-    "M": Size((784, 512, 512, 10), 2048, 128, 4, 3),
-    "L": Size((1024, 4096, 4096, 1024), 2048, 512, 1, 1),
+    "S": Size((64, 64, 10), 1408, 32, 20, 15, 3),
+    "M": Size((784, 512, 512, 10), 2048, 128, 4, 2, 3),
+    "L": Size((1024, 4096, 4096, 1024), 4096, 512, 2, 1, 1),
 }
 QUICK = {
-    "S": SIZES["S"]._replace(epochs=2, times=1),
-    "M": SIZES["M"]._replace(N=512, epochs=1, times=1),
-    "L": Size((128, 512, 512, 128), 256, 64, 1, 1),
+    "S": SIZES["S"]._replace(epochs=2, compiled=1, times=1),
+    "M": SIZES["M"]._replace(N=512, epochs=1, compiled=1, times=1),
+    "L": Size((128, 512, 512, 128), 256, 64, 1, 1, 1),
 }
 RATES = {"Adam": 1e-3, "SGD": 1e-2}
 # Of the square product that is taken for the machine's peak; and how often it is tried in a round.
@@ -111,14 +115,33 @@ def of_optax(task: Task) -> optax.GradientTransformation:
     return {"Adam": optax.adam, "SGD": optax.sgd}[task.optimizer](task.rate)
 
 
-def by_fit(task: Task) -> Training:
-    cost = fnn.cost(fnn.mlp(fnn.relu), fnn.softmax_cross_entropy_with_integer_labels)
+def by_fit(task: Task, dtype: Any = None) -> Training:
+    cost = fnn.cost(fnn.mlp(fnn.relu, dtype=dtype), fnn.softmax_cross_entropy_with_integer_labels)
     params = tuple(fnn.Layer(jnp.asarray(W), jnp.asarray(b)) for W, b in task.start)
     data, optimizer, key = (jnp.asarray(task.X), jnp.asarray(task.y)), of_optax(task), jax.random.key(0)
 
     def run(epochs):
         options: dict[str, Any] = dict(epochs=epochs, batch_size=task.batch_size, progress=False)
         return jax.block_until_ready(fnn.fit(cost, optimizer, params, data, key=key, **options).params)
+
+    return Training(run, list)
+
+
+def by_step(task: Task) -> Training:
+    """All epochs in one compiled call."""
+    cost = fnn.cost(fnn.mlp(fnn.relu), fnn.softmax_cross_entropy_with_integer_labels)
+    params = tuple(fnn.Layer(jnp.asarray(W), jnp.asarray(b)) for W, b in task.start)
+    data, optimizer, key = (jnp.asarray(task.X), jnp.asarray(task.y)), of_optax(task), jax.random.key(0)
+
+    @partial(jax.jit, static_argnames="epochs", donate_argnames="state")
+    def train(state, epochs):
+        def epoch(state, _):
+            return fnn.train_epoch(cost, optimizer, state, data, task.batch_size)
+
+        return jax.lax.scan(epoch, state, None, length=epochs)[0]
+
+    def run(epochs):
+        return jax.block_until_ready(train(fnn.train_state(optimizer, params, key), epochs).params)
 
     return Training(run, list)
 
@@ -333,28 +356,34 @@ class Row(NamedTuple):
     of: Callable[[Task], Training]
     dtype: str = "float32"  # of the products
     sizes: str = "SML"
+    compiled: bool = False  # all epochs
     quick: bool = True  # whether it is also in a --quick run
 
 
 # Another row is another line here; the test of this file then holds it to the same training as the others.
 ROWS = [
-    Row("fnn.fit", "fnn", by_fit),
-    Row("jax.grad, one scan", "jax", by_grad),
+    Row("fnn.fit", "fnn", by_fit, compiled=True),
+    Row("fnn.train_step, one scan", "fnn", by_step, compiled=True),
+    Row("jax.grad, one scan", "jax", by_grad, compiled=True),
     Row("Equinox", "equinox", by_equinox),
     Row("Flax NNX", "flax", by_flax),
-    Row("Flax NNX, cached_partial", "flax", partial(by_flax, cached=True)),
+    Row("Flax NNX, cached_partial", "flax", partial(by_flax, cached=True), sizes="SM"),
     Row("PyTorch", "torch", by_torch),
     Row("PyTorch, fused", "torch", partial(by_torch, fused=True)),
     Row("PyTorch, fused, one thread", "torch", partial(by_torch, fused=True, threads=1), sizes="S"),
-    Row("PyTorch, fused, DataLoader", "torch", partial(by_torch, fused=True, loader=True)),
+    Row("PyTorch, fused, DataLoader", "torch", partial(by_torch, fused=True, loader=True), sizes="SM"),
     Row("PyTorch, fused, compiled", "torch", partial(by_torch, fused=True, compiled=True), quick=False),
     Row("scikit-learn", "sklearn", by_sklearn, sizes="SM"),
-    Row("jax.grad, one scan, bfloat16", "jax", partial(by_grad, dtype=jnp.bfloat16), "bfloat16"),
+    Row("fnn.fit, bfloat16", "fnn", partial(by_fit, dtype=jnp.bfloat16), "bfloat16", compiled=True),
+    Row(
+        "jax.grad, one scan, bfloat16", "jax", partial(by_grad, dtype=jnp.bfloat16), "bfloat16", compiled=True
+    ),
     Row(
         "jax.grad, one scan, bfloat16, sums in float32",
         "jax",
         partial(by_grad, dtype=jnp.bfloat16, wide_sums=True),
         "bfloat16",
+        compiled=True,
     ),
     Row("PyTorch, fused, bfloat16", "torch", partial(by_torch, fused=True, autocast=True), "bfloat16"),
     Row(
@@ -425,17 +454,18 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     task = task_of(name, size, optimizer)
     rows = [row for row in ROWS if name in row.sizes and (row.quick or not quick)]
     there = [row for row in rows if find_spec(row.needs)]
-    runs = [partial(row.of(task).run, size.epochs) for row in there]
+    epochs = [size.epochs * (size.compiled if row.compiled else 1) for row in there]
+    runs = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
     squares = products(side) if name != "S" else {}
     for run in [*runs, *squares.values()]:
         seconds(run)  # compiles
-        seconds(run)
     times = rounds_of([*runs, *REPEATS * list(squares.values())], rounds)
+    times[:, : len(runs)] /= epochs  # seconds for an epoch
     best = times[:, len(runs) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
     speeds = {key: 2 * side**3 / t for key, t in zip(squares, best, strict=True)}  # operations per second
     peaks = {dtype: max(speed for (d, _), speed in speeds.items() if d == dtype) for dtype, _ in speeds}
 
-    steps, of_a_step = size.epochs * (size.N // size.batch_size), operations(size.widths, size.batch_size)
+    steps, of_a_step = size.N // size.batch_size, operations(size.widths, size.batch_size)
     head = f"{name}, {optimizer}", "examples / s", "ms / step", "time / fit's", "of the peak" if peaks else ""
     cells: list[tuple[str, ...]] = [head]
     for row in rows:
