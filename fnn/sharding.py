@@ -8,8 +8,9 @@ axis adds in another order.
     layout            a device holds                        collectives of a step
     data_parallel     its share of the batch                the gradient's all-reduce, one for all layers
     tensor_parallel   of W^1 its rows, of W^2 its columns,  one all-reduce of (N, n_l) per pair of layers on
-                      and so on                             the way forward, one on the way back, and the
-                                                            gradient's over the batch's axis
+                      and so on                             the way forward, one on the way back but for the
+                                                            first pair, and the gradient's over the batch's
+                                                            axis
     fully_sharded     its share of the batch, of all        an all-gather of every W^l and b^l, and the
                       parameters and optimiser state        gradient's all-reduce
 
@@ -27,7 +28,7 @@ Source: Zhang et al. (2017), *Poseidon*, §3.2, "sufficient factor broadcasting"
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +74,19 @@ class Layout:
                 "Layout: every axis of the mesh needs the type Auto; jax.make_mesh makes them Explicit. Use "
                 "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))."
             )
+        if not isinstance(self.factors, tuple) or not all(map(is_count, self.factors)):
+            raise TypeError(
+                "Layout: factors needs to be some numbers of layers, counted from 1, such as (1, 2); "
+                f"got {self.factors!r}."
+            )
 
     def specifications(self, params: Any) -> Any:
         """The PartitionSpec of every array of the parameters, or of arrays of their shapes."""
         if self.specs is not None:
             is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
             specs = jax.tree.structure(self.specs, is_leaf=is_spec)
-            if specs != jax.tree.structure(params):
+            leaves = jax.tree.leaves(self.specs, is_leaf=is_spec)
+            if specs != jax.tree.structure(params) or not all(map(is_spec, leaves)):
                 raise ValueError(
                     "Layout: specs needs to be a pytree like the parameters, a PartitionSpec for each array, "
                     f"got {specs} for {jax.tree.structure(params)}."
@@ -164,7 +171,10 @@ class Layout:
             raise ValueError(f"Layout: factors needs to name layers from 1 to {L}, got {self.factors}.")
 
         def gathered(arrays):
-            return tuple(self.whole(a) if l in self.factors else a for l, a in enumerate(arrays, start=1))
+            # Rows first: else XLA computes a^l whole on every device, from the a^{l-1} that is whole already.
+            return tuple(
+                self.whole(self.rows(a)) if l in self.factors else a for l, a in enumerate(arrays, start=1)
+            )
 
         return replace(sweep, inputs=gathered(sweep.inputs), errors=gathered(sweep.errors))
 
@@ -179,7 +189,8 @@ def data_parallel(devices: Sequence[Any] | None = None, *, factors: Sequence[int
     >>> fnn.data_parallel().mesh.axis_names
     ('data',)
     """
-    return Layout(_mesh("data_parallel", devices), factors=tuple(factors))
+    factors = tuple(factors) if isinstance(factors, Sequence) else factors
+    return Layout(_mesh("data_parallel", devices), factors=cast(Any, factors))
 
 
 def fully_sharded(devices: Sequence[Any] | None = None) -> Layout:
@@ -218,6 +229,8 @@ def _mesh(where: str, devices: Sequence[Any] | None, model: int | None = None) -
     array = np.asarray(jax.devices() if devices is None else devices, dtype=object).reshape(-1)
     if not array.size or not all(isinstance(device, jax.Device) for device in array):
         raise TypeError(f"{where}: devices needs to be some of jax.devices(), got {devices!r}.")
+    if len(set(array)) < array.size:
+        raise ValueError(f"{where}: devices needs to have each device once, got {devices!r}.")
     if model is None:
         return Mesh(array, (DATA,), axis_types=(AxisType.Auto,))
     if not is_count(model) or array.size % model:

@@ -92,6 +92,12 @@ class Batches:
     def __post_init__(self):
         check_key("Batches", self.key)
         check_batches("Batches", self.data, self.batch_size)
+        for array in self.data:
+            if not hasattr(array, "dtype"):
+                raise TypeError(
+                    "Batches: data needs to be arrays, which give rows for an array of their numbers; got "
+                    f'{type(array).__name__}. Use numpy.asarray, or numpy.load(path, mmap_mode="r").'
+                )
         check_count("Batches", "epochs", self.epochs)
 
     @property
@@ -201,7 +207,9 @@ def fit_batches(
     skips = on_divergence == "skip"
     if skips:
         optimizer = skipping(optimizer)
-    run = fingerprint(cost, params, None, (), validation, steps_per_epoch=steps_per_epoch)
+    run = {}
+    if checkpoint is not None or layout is not None:
+        run = fingerprint(cost, params, None, (), validation, steps_per_epoch=steps_per_epoch)
     state = train_state(optimizer, params, jax.random.key(0))
     placed: Any = validation
     if layout is not None:
@@ -268,7 +276,7 @@ class _Reader:
         """Begins to read, from the batch of a step on."""
         # A thread has JAX's settings as they are everywhere, not those of a `with` around this call.
         x64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
-        self._thread = threading.Thread(target=self._read, args=(step, x64), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(step, x64), name="fit_batches", daemon=True)
         self._thread.start()
 
     def group(self) -> list[_Batch]:
@@ -452,14 +460,11 @@ class _Stream:
     def _check(self, batch: _Batch) -> None:
         name = f"batch {batch.number}"
         if batch.form not in self._forms:
-            kept = tuple(jnp.asarray(array[:0]).dtype for array in batch.arrays)
-            shapes = tuple(
-                jax.ShapeDtypeStruct(a.shape, dtype) for a, dtype in zip(batch.arrays, kept, strict=True)
-            )
-            check_fits(name, shapes, self.cost, self.params)
+            arrays = tuple(map(jnp.asarray, batch.arrays))
+            check_fits(name, arrays, self.cost, self.params)
             self._forms[batch.form] = batch
             sizes = {len(other.arrays[0]) for other in self._forms.values()}
-            check_recorded_shapes(self.record, self.cost, self.params, shapes, tuple(sizes))
+            check_recorded_shapes(self.record, self.cost, self.params, arrays, tuple(sizes))
         check_numbers(name, batch.arrays, self.cost, self.params)
 
     def explain(self, advance: Advance, epoch: int) -> str:
