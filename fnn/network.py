@@ -61,13 +61,14 @@ class Network:
         _check_inputs(params, X)
         dtype, inputs, kept = self._computes_in(X.dtype), [], []
         A = X.astype(dtype)
-        for (W, b), activation in zip(params, self.activations(params), strict=True):
+        # What the loss reads is not rounded to `dtype`.
+        kept_in = (*[dtype] * (len(params) - 1), X.dtype)
+        for (W, b), activation, own in zip(params, self.activations(params), kept_in, strict=True):
             Z = matmul(A, transposed(W.astype(dtype)))
             if b is not None:
                 Z = Z + jnp.broadcast_to(b.astype(Z.dtype), Z.shape)
             inputs.append(A)
-            is_last = len(inputs) == len(params)  # what the loss reads is not rounded to `dtype`
-            A, residuals = activation.forward(Z.astype(X.dtype if is_last else dtype))
+            A, residuals = activation.forward(Z.astype(own))
             kept.append(residuals)
         return A, NetworkResiduals(params, tuple(inputs), tuple(kept))
 

@@ -44,8 +44,8 @@ def join_processes(
     options: others of `jax.distributed.initialize`
 
     From here on an exception that is not caught ends this process at once, after its traceback, with status
-    1: at a usual exit it would wait for the others, which wait for it. Raises RuntimeError if a launcher has
-    started several tasks and JAX knows of one process only.
+    1: at a usual exit it would wait for the others, which wait for it. Raises RuntimeError if JAX is in use
+    already, and if a launcher has started several tasks and JAX knows of one process only.
 
     >>> import fnn
     >>> fnn.join_processes()  # doctest: +SKIP
