@@ -202,6 +202,21 @@ def many_examples(fnn):
     np.testing.assert_allclose(np.asarray(gradient[0].W, float), -1e-4, rtol=1e-3)
 
 
+def mixed_precision(fnn):
+    """In float16 the gradient is float32's but for roundings, of errors far below its smallest number too."""
+    params = fnn.init(jax.random.key(0), (3, 5, 4), dtype="float32")
+    X, A_bar = jax.random.normal(jax.random.key(1), (4, 3), "float32"), jnp.full((4, 4), 1e-9, "float32")
+    bars = []
+    for net in (fnn.mlp(fnn.tanh), fnn.mlp(fnn.tanh, dtype="float16")):
+        A, residuals = net.forward(params, X)
+        bars.append(jax.tree.leaves((A, *net.pullback(residuals, A_bar))))
+    for wide, narrow in zip(*bars, strict=True):
+        np.testing.assert_allclose(narrow, wide, rtol=0, atol=2e-3 * float(jnp.abs(wide).max()))
+    # Outputs and gradients are no numbers of float16: neither was rounded to it.
+    for narrow in (bars[1][0], bars[1][1] * 2.0**30):
+        assert (narrow.astype("float16").astype("float32") != narrow).any()
+
+
 def gradient(fnn):
     case = network_case(fnn, PLAIN)
     one = case.draw_one()
@@ -280,6 +295,10 @@ FAULTS = [
     Fault("gradient with respect to X forgotten", N, "X_bar = scaled(", "X_bar = 0 * scaled(", cost()),
     Fault("1/N dropped", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1.0)", cost()),
     Fault("1/N twice", N, "jnp.full_like(L, 1 / N)", "jnp.full_like(L, 1 / N**2)", cost()),
+    Fault("float16: errors raised, results not lowered", N, "x / by", "x", mixed_precision),
+    Fault("float16: errors not raised", N, "A_bar * by", "A_bar", mixed_precision),
+    Fault("float16: outputs rounded to it", N, "(len(params) - 1), X.dtype)", "len(params),)", mixed_precision),
+    Fault("float16: gradients rounded to it", N, "has_bias, scale, own)", "has_bias, scale)", mixed_precision),
     Fault("1/N before the sums, in float16", N, "weight_unit(residuals.losses.size, dtype) if", "1.0 if", many_examples),
     Fault("sample weight not applied", N, "widened(C_bar) * residuals.weights,", "widened(C_bar) * jnp.full_like(residuals.weights, 1 / residuals.weights.size),", cost(WEIGHTED)),
     Fault("weighted mean divided by N on the way back", N, "w / total, ((L", "w / N, ((L", cost(WEIGHTED)),
