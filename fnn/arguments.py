@@ -52,7 +52,11 @@ def check_params_values(params: Any) -> Any:
                 f"fit: {where} needs to be an array, got {_outline(leaf)}; "
                 "make params with fnn.init, or take them from history.params."
             )
-        check_values(where, leaf)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # spread over processes
+            if not bool(jnp.isfinite(leaf).all()):
+                raise ValueError(f"fit: {where} needs to be finite, and has values that are NaN or infinite.")
+        else:
+            check_values(where, leaf)
     return jax.tree.map(jnp.asarray, params)
 
 

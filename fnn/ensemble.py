@@ -153,13 +153,22 @@ def fit_ensemble(
     state = _with_hyperparameters(jax.vmap(partial(train_state, optimizer))(params, keys), hyperparameters)
     if layout is not None:
         check_launcher("fit_ensemble")
-        check_agreed("fit_ensemble", fingerprint(cost, params, keys, data, validation, batch_size=batch_size))
+        agreed = fingerprint(cost, params, keys, data, validation, batch_size=batch_size, epochs=epochs)
+        given = {name: np.asarray(values).tolist() for name, values in (hyperparameters or {}).items()}
+        check_agreed("fit_ensemble", agreed | {"hyperparameters": given, "metrics": names, "size": size})
         state = layout.put_rows(state)
         data, validation = layout.put_whole((data, validation))
     diverged = np.zeros(M, int)
     train, held_out, seconds = [], [], []
     medians, N = [f"median {name}" for name in names], len(data[0])
-    with progress_bar(epochs, medians, show=progress, steps=-(-N // batch_size), examples=M * N) as show:
+    is_first = layout is None or jax.process_index() == 0
+    with progress_bar(
+        epochs,
+        medians,
+        show=progress and is_first,
+        steps=-(-N // batch_size),
+        examples=M * N,
+    ) as show:
         for epoch in range(1, epochs + 1):
             start = time.perf_counter()
             state, *results = run_epoch(state, data, validation)

@@ -20,7 +20,14 @@ from .activations import identity
 from .elementary import matmul, scaled, transposed, widened
 from .params import Params, check_not_narrowed, check_params
 from .rules import RuleLike, check_adjoints, check_rule_like, is_array
-from .sweep import add_penalty, backpropagate_errors, layer_gradients, weight_unit
+from .sweep import (
+    add_penalty,
+    backpropagate_errors,
+    has_fewer_exponents,
+    layer_gradients,
+    power_to_one,
+    weight_unit,
+)
 
 
 class NetworkResiduals(NamedTuple):
@@ -59,7 +66,7 @@ class Network:
         """a^L for a batch (N, n_0) or a single example (n_0,), and what the pullback needs."""
         check_params("mlp", params)
         _check_inputs(params, X)
-        dtype, inputs, kept = self._computes_in(X.dtype), [], []
+        dtype, inputs, kept = self.computes_in(X.dtype), [], []
         A = X.astype(dtype)
         # What the loss reads is not rounded to `dtype`.
         kept_in = (*[dtype] * (len(params) - 1), X.dtype)
@@ -82,9 +89,8 @@ class Network:
         params, inputs, kept = residuals
         has_bias = [layer.b is not None for layer in params]
         own = params[0].W.dtype
-        dtype = self._computes_in(own)
-        raised = jnp.finfo(dtype).maxexp < jnp.finfo(own).maxexp  # float16 alone has fewer exponents
-        by = _power_to_one(A_bar) if raised else None
+        dtype = self.computes_in(own)
+        by = power_to_one(A_bar) if has_fewer_exponents(dtype, own) else None
         A_bar = A_bar if by is None else A_bar * by
         errors = backpropagate_errors(self.activations(params), params, kept, A_bar, dtype)
         params_bar = layer_gradients(inputs, errors, has_bias, scale, own)
@@ -93,7 +99,7 @@ class Network:
             return params_bar, X_bar
         return jax.tree.map(lambda x: x / by, (params_bar, X_bar))
 
-    def _computes_in(self, own: Any) -> Any:
+    def computes_in(self, own: Any) -> Any:
         """The dtype of products, for parameters of dtype `own`."""
         if self.dtype is None:
             return own
@@ -120,8 +126,10 @@ def mlp(
         gradient: its sums are not rounded to 16 bits, as they are where autodiff passes back through a cast.
         What is rounded are weights, activations and errors, each once, by 2⁻⁹ of itself at most in bfloat16
         and 2⁻¹² in float16. The errors' size is taken care of: the pullback is linear, so in float16 it
-        multiplies them by the power of two that brings ∂C/∂a^L next to 1, and divides its results. No loss
-        scale needs to be chosen or adapted.
+        multiplies them by the power of two that brings ∂C/∂a^L next to 1, and divides its results, as
+        `backprop` does for every example. No loss scale needs to be chosen or adapted. Inputs, activations
+        and weights above 65504 are infinite in float16. Second derivatives (`hessian_product` and its kin)
+        are computed in the dtype of the parameters.
 
     Equal arguments give equal networks, so a network may be static under `jax.jit`.
 
@@ -140,24 +148,12 @@ def mlp(
     if dtype is not None:
         try:
             dtype = jnp.dtype(dtype)
-            is_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+            is_float = jnp.issubdtype(dtype, jnp.floating) and 16 <= jnp.finfo(dtype).bits <= 32
         except (TypeError, ValueError):
             is_float = False
         if not is_float:
             raise TypeError(f"mlp: dtype needs to be jnp.bfloat16, float16 or float32, got {dtype!r}.")
     return Network(hidden, output, dtype)
-
-
-def _power_to_one(A_bar: Array) -> Array:
-    """The power of two that brings the largest |ā| between ½ and 1; 1 if that is 0 or not finite.
-
-    Multiplying by it is exact, and no number of the pullback's results depends on it but by what underflows.
-    """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(A_bar)))
-    _, exponent = jnp.frexp(largest)
-    exponent = jnp.clip(exponent, -100, 100)
-    power = jnp.ldexp(jnp.ones_like(largest), -exponent)
-    return jnp.where(jnp.isfinite(largest) & (largest > 0), power, jnp.ones_like(power))
 
 
 class CostResiduals(NamedTuple):

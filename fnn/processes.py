@@ -3,7 +3,8 @@
 Every process runs the same program on the same mesh of all devices (`jax.distributed`), and a collective
 waits for all of them. Three things would go wrong in silence or wait for good, and are dealt with here:
 
-- a launcher has started N tasks, but JAX knows of one process: N separate runs. Refused.
+- a launcher has started N tasks, but JAX knows of one process: N separate runs. Refused by `join_processes`
+  and wherever a layout is given.
 - a process raises, and the others wait for it in their next collective, it for them at its exit. From
   `join_processes` on, an exception that nobody catches ends its process at once, so that the others' links
   break and they end too.
@@ -96,8 +97,13 @@ def answers(*numbers: int) -> np.ndarray:
     """What every process gave, (processes, numbers); a process alone gets its own. All have to call it."""
     mine = np.array(numbers, np.int32)
     if jax.process_count() == 1:
-        return mine[None]
+        return alone(*numbers)
     return np.asarray(multihost_utils.process_allgather(mine))
+
+
+def alone(*numbers: int) -> np.ndarray:
+    """As `answers`, of a process that has nothing to do with others."""
+    return np.array(numbers, np.int32)[None]
 
 
 def of_first(array: np.ndarray) -> np.ndarray:

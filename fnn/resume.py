@@ -9,9 +9,10 @@ import json
 import signal
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Any, run: dict[str, Any]):
-        kind = Checkpoints if jax.process_count() == 1 else ShardedCheckpoints
+        kind = ShardedCheckpoints if jax.process_count() > 1 else Checkpoints
         self.checkpoints, self.run = kind(folder), json.loads(json.dumps(run))
         self.saved_at = time.monotonic()
 
@@ -105,8 +106,12 @@ class RunFolder:
     def draw(self, history: History) -> None:
         """The learning curves, where matplotlib is installed."""
         if jax.process_index() == 0 and len(history.seconds):
-            with suppress(ImportError):
+            try:
                 draw_history(history, self._path("history.png"))
+            except ImportError:
+                pass
+            except Exception as error:  # no picture is worth a trained network
+                warnings.warn(f"fit: could not draw the run: {error}", RuntimeWarning, stacklevel=2)
 
     def _path(self, name: str) -> Path:
         return Path(self.checkpoints.folder) / name

@@ -41,7 +41,7 @@ from .arguments import (
 from .divergence import explain
 from .history import Callback, DivergenceError, EarlyStopping, History, Numbers, Rows
 from .params import check_key
-from .processes import answers, check_agreed, check_launcher, on_host
+from .processes import alone, answers, check_agreed, check_launcher, on_host
 from .progress import progress_bar
 from .resume import RunFolder, fingerprint, terminated
 from .rules import RuleLike, check_rule_like
@@ -104,9 +104,10 @@ def fit(
         them ended is over. Another cost, other parameters or other data are refused; an optimiser of the same
         structure with another learning rate, and other metrics of the same names, are not noticed. At the end
         `history.png` there shows the run, if matplotlib is installed.
-    layout: such as `fnn.data_parallel()`, for a run on all devices of all processes; every device has the
-        whole data. Results are those of one device up to rounding, and a run that is resumed may have
-        another layout. With several processes the checkpoints are `ShardedCheckpoints`.
+    layout: such as `fnn.data_parallel()`, for a run on all devices of all processes, which all call `fit`
+        with equal arguments; every device has the whole data. Results are those of one device up to
+        rounding, and a run that is resumed may have another layout. With several processes the checkpoints
+        are `ShardedCheckpoints`.
     progress: show a line with the numbers, examples per second and the time left
 
     `params` are left as they were. Everything is compiled once, for a run of any length. Before anything
@@ -154,13 +155,14 @@ def fit(
     run = {}
     if checkpoint is not None or layout is not None:
         run = fingerprint(cost, params, key, data, validation, batch_size=batch_size)
-    state = train_state(optimizer, params, key)
-    placed: Any = data, validation
-    if layout is not None:
-        check_launcher("fit")
-        check_agreed("fit", run)
-        state = layout.put(params, state)
-        placed = layout.put_whole(placed)
+    agreed = run | {
+        "epochs": epochs,
+        "checkpoint": checkpoint,
+        "numbers": names,
+        "record": list(record or {}),
+    }
+    agreed |= {"on_divergence": on_divergence, "early_stopping": early_stopping, "callbacks": len(callbacks)}
+    state, placed = begin("fit", optimizer, params, key, (data, validation), layout, checkpoint, agreed)
     functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
     compiled = compiled_epochs(cost, optimizer, *functions, batch_size, skips, layout)
     source = _InMemory(cost, optimizer, placed[0], placed[1], batch_size, skips, *compiled)
@@ -175,8 +177,42 @@ def fit(
         skips=skips,
         checkpoint=checkpoint,
         run=run,
+        together=layout is not None,
         progress=progress,
     )
+
+
+def begin(
+    where: str,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    key: Any,
+    data: Any,
+    layout: Layout | None,
+    checkpoint: Any,
+    agreed: Mapping[str, Any],
+) -> tuple[TrainState, Any]:
+    """The state before the first step, and the data, placed as the layout says.
+
+    agreed: what has to be the same in all processes, as it decides what they do
+    """
+    if layout is None:
+        if checkpoint is not None and jax.process_count() > 1:
+            raise ValueError(
+                f"{where}: with several processes checkpoint= needs a layout, such as fnn.data_parallel(); "
+                "without one every process trains for itself."
+            )
+        return train_state(optimizer, params, key), data
+    check_launcher(where)
+    check_agreed(where, agreed)
+    # Split before there is an optimiser's state: whole, it may not fit on a device.
+    params, key = layout.put(params, params), layout.put_whole(key)
+    return _laid_out_state(optimizer, layout, params, key), layout.put_whole(data)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _laid_out_state(optimizer, layout, params, key):
+    return layout.placed(params, train_state(optimizer, params, key))
 
 
 class Advance(NamedTuple):
@@ -208,7 +244,7 @@ class Source(Protocol):
         ...
 
     def advance(self, state: TrainState, n: int) -> Advance:
-        """At most n epochs from here, until one is not finite. The memory of `state` is reused."""
+        """At most n epochs from here, until one is not finite. The memory of `state` may be reused."""
         ...
 
     def explain(self, advance: Advance, epoch: int) -> str:
@@ -228,12 +264,15 @@ def follow(
     skips: bool,
     checkpoint: Any,
     run: dict[str, Any],
+    together: bool,
     progress: bool,
 ) -> History:
     """The loop on the host around compiled calls: numbers, the best epoch, checkpoints, and when to stop.
 
     run: what a run has to have in common with the one that it goes on with (`resume.fingerprint`)
+    together: whether all processes are in this run, and so decide with each other
     """
+    ask = answers if together else alone
     numbers = Numbers(names, records)
     watches = bool(callbacks) or early_stopping is not None
     best: tuple[int, Any] | None = None
@@ -270,7 +309,7 @@ def follow(
             folder.save(epoch, int(state.step), tree, history(None).json_lines())
 
     catch = terminated() if folder is not None else nullcontext(lambda: False)
-    is_first = jax.process_index() == 0
+    is_first = jax.process_index() == 0 or not together
     sizes = {"steps": source.steps, "examples": source.examples}
     bar = progress_bar(epochs, names, show=progress and is_first, **sizes)
     with bar as show, catch as is_terminated:
@@ -303,7 +342,7 @@ def follow(
             calls += 1
             # What a clock, a signal or a callback says may differ between processes.
             is_due = folder is not None and folder.is_due
-            everyone = answers(at_once, is_terminated(), is_due, stopped)
+            everyone = ask(at_once, is_terminated(), is_due, stopped)
             at_once = int(everyone[0, 0])
             ends, is_due, stopped = (bool(column.any()) for column in everyone[:, 1:].T)
             if is_due and not ends:
@@ -312,7 +351,7 @@ def follow(
             save()
         if folder is not None and calls and not ends:
             folder.draw(history(None))
-        if ends or answers(is_terminated()).any():
+        if ends or ask(is_terminated()).any():
             print(f"fit: SIGTERM after epoch {epoch}, saved in {checkpoint}", file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
     return history(state.params if best is None else best[1])

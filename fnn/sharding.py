@@ -110,7 +110,7 @@ class Layout:
         paths = [path for path, _ in jax.tree.leaves_with_path(params)]
         leaves = jax.tree.leaves(params)
         flat = jax.tree.structure(params).flatten_up_to(self.specifications(params))
-        of_params = list(zip(paths, leaves, flat, strict=True))
+        of_params = sorted(zip(paths, leaves, flat, strict=True), key=lambda triple: -len(triple[0]))
 
         def sharding(path, leaf):
             for end, param, spec in of_params:
@@ -134,6 +134,19 @@ class Layout:
     def put_rows(self, tree: Any) -> Any:
         """The tree with every array split along its first axis. On the host."""
         return jax.tree.map(lambda leaf: put(leaf, self.rows_sharding), tree)
+
+    def check_own_rows(self, where: str) -> None:
+        """Raises ValueError if several processes hold the same rows of a batch."""
+        axis = self.mesh.axis_names.index(self.batch)
+        holders: dict[int, set[int]] = {}
+        for place, device in np.ndenumerate(self.mesh.devices):
+            holders.setdefault(place[axis], set()).add(device.process_index)
+        if any(len(processes) > 1 for processes in holders.values()):
+            raise ValueError(
+                f"{where}: with several processes each gives rows of its own, but this layout has the same "
+                "rows of a batch in several. Split a pair of layers within a process, tensor_parallel of no "
+                "more devices than it has, or use fit with all of the data in every process."
+            )
 
     # In traced code.
 

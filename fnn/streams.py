@@ -45,10 +45,10 @@ from .arguments import (
 from .divergence import explain
 from .history import Callback, EarlyStopping, History, Rows
 from .params import check_key
-from .processes import answers, check_agreed, check_launcher, on_host
+from .processes import alone, answers, on_host
 from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
-from .runs import Advance, check_early_stopping, follow, skipping
+from .runs import Advance, begin, check_early_stopping, follow, skipping
 from .sharding import WHOLE, Layout
 from .train import (
     Metric,
@@ -58,7 +58,6 @@ from .train import (
     laid_out_step,
     shuffle,
     step_with_rows,
-    train_state,
 )
 
 STEPS, BYTES = 64, 2**26  # of one compiled call at most, unless a single batch has more bytes
@@ -210,12 +209,17 @@ def fit_batches(
     run = {}
     if checkpoint is not None or layout is not None:
         run = fingerprint(cost, params, None, (), validation, steps_per_epoch=steps_per_epoch)
-    state = train_state(optimizer, params, jax.random.key(0))
-    placed: Any = validation
-    if layout is not None:
-        check_launcher("fit_batches")
-        check_agreed("fit_batches", run)
-        state, placed = layout.put(params, state), layout.put_whole(placed)
+    agreed = run | {
+        "epochs": epochs,
+        "checkpoint": checkpoint,
+        "numbers": names,
+        "record": list(record or {}),
+    }
+    agreed |= {"on_divergence": on_divergence, "early_stopping": early_stopping, "callbacks": len(callbacks)}
+    key = jax.random.key(0)  # of no use: the batches come in their order
+    state, placed = begin("fit_batches", optimizer, params, key, validation, layout, checkpoint, agreed)
+    if layout is not None and jax.process_count() > 1:
+        layout.check_own_rows("fit_batches")
     metric_functions, functions = (tuple(f for _, f in named) for named in (named_metrics, named_records))
     compiled = _compiled(cost, optimizer, metric_functions, functions, layout, skips)
     reader = _Reader(batches, steps_per_epoch, None if epochs is None else epochs * steps_per_epoch)
@@ -232,6 +236,7 @@ def fit_batches(
             skips=skips,
             checkpoint=checkpoint,
             run=run,
+            together=layout is not None,
             progress=progress,
         )
     if not len(history.seconds):
@@ -353,7 +358,7 @@ class _Stream:
     run_steps: Callable[..., Any]
     evaluate: Callable[..., Any]
     has_ended: bool = False
-    _forms: dict[Any, _Batch] = field(default_factory=dict)
+    _forms: dict[Any, int] = field(default_factory=dict)  # shapes and dtypes that fit -> rows
     _next: tuple[list[_Batch], tuple[Array, ...]] = ([], ())
     _has_begun: bool = False
     _error: Exception | None = None  # of the next batches, for the epoch that needs them
@@ -370,7 +375,7 @@ class _Stream:
     def row(self, state: TrainState) -> Rows:
         batch = self.reader.first()
         if batch is None:
-            return Rows(np.zeros(0), [], [0.0], [])
+            return Rows(np.zeros(0), [], [0.0], self._held_out_shapes(state))
         self._check(batch)
         chunk = tuple(jax.ShapeDtypeStruct((1, *a.shape), jnp.asarray(a[:0]).dtype) for a in batch.arrays)
         _, costs, recorded, _ = jax.eval_shape(self.run_steps, state, chunk)
@@ -399,7 +404,7 @@ class _Stream:
                 rows = Rows(some[None], [], [np.zeros(1)], [np.zeros(1)])
                 return Advance(state, at_beginning, 1, False, rows)
             costs.append(some)
-            sizes += [len(chunk[0][0])] * len(group)
+            sizes += [chunk[0].shape[1]] * len(group)
             records.append(recorded)
             steps += len(group)
         if not steps:
@@ -420,12 +425,12 @@ class _Stream:
             for batch in group:
                 self._check(batch)
         except Exception as error:
-            if jax.process_count() > 1:  # where others wait for this one
+            if self.layout is not None and jax.process_count() > 1:  # where others wait for this one
                 raise
             self._error = error
             return
         rows = len(group[0].arrays[0]) if group else 0
-        everyone = answers(len(group), rows)
+        everyone = (alone if self.layout is None else answers)(len(group), rows)
         steps, lengths = int(everyone[:, 0].min()), set(everyone[everyone[:, 0] > 0, 1].tolist())
         if len(lengths) > 1:
             raise ValueError(
@@ -462,9 +467,9 @@ class _Stream:
         if batch.form not in self._forms:
             arrays = tuple(map(jnp.asarray, batch.arrays))
             check_fits(name, arrays, self.cost, self.params)
-            self._forms[batch.form] = batch
-            sizes = {len(other.arrays[0]) for other in self._forms.values()}
-            check_recorded_shapes(self.record, self.cost, self.params, arrays, tuple(sizes))
+            self._forms[batch.form] = len(batch.arrays[0])
+            sizes = tuple(set(self._forms.values()))
+            check_recorded_shapes(self.record, self.cost, self.params, arrays, sizes)
         check_numbers(name, batch.arrays, self.cost, self.params)
 
     def explain(self, advance: Advance, epoch: int) -> str:

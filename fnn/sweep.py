@@ -46,9 +46,9 @@ class Sweep:
     weights: (N,) c_n = ∂C/∂C_n, so 1/N for a plain mean; in at least 32 bits
     penalty: the penalty's gradient with respect to W^1, ..., W^L, or None where there is no penalty
     has_bias: for every layer, whether it has one
-    dtype: of the parameters, and so of gradients, where the network computes in another; None if not
 
-    For a single example (n,) the batch axis is absent everywhere.
+    All in the dtype of the parameters, where the network computes in another too. For a single example (n,)
+    the batch axis is absent everywhere.
     """
 
     losses: Array
@@ -57,7 +57,6 @@ class Sweep:
     weights: Array
     penalty: tuple[Array, ...] | None
     has_bias: tuple[bool, ...] = field(metadata={"static": True})
-    dtype: Any = field(default=None, metadata={"static": True})
 
 
 def backprop(
@@ -93,18 +92,21 @@ def backprop(
     losses = residuals.losses
     # The error of an example's own loss: its adjoint starts from ∂C_n/∂C_n = 1.
     A_bar, *_ = cost.loss.pullback(residuals.loss, jnp.ones_like(losses))
-    network = residuals.network
+    network, own = residuals.network, params[0].W.dtype
     way_back = params if feedback is None else feedback
+    dtype = cost.net.computes_in(own)
+    # Every example by a power of its own, as nothing is summed over them here.
+    by = power_to_one(A_bar, axis=-1) if has_fewer_exponents(dtype, own) else None
+    A_bar = A_bar if by is None else A_bar * by
+    errors = backpropagate_errors(cost.net.activations(params), way_back, network.activations, A_bar, dtype)
+    errors = tuple(delta.astype(own) for delta in errors)
     return Sweep(
         losses=losses,
-        inputs=network.inputs,
-        errors=backpropagate_errors(
-            cost.net.activations(params), way_back, network.activations, A_bar, cost.net.dtype
-        ),
+        inputs=tuple(A.astype(own) for A in network.inputs),
+        errors=errors if by is None else tuple(delta / by for delta in errors),
         weights=residuals.weights,
         penalty=cost.penalty_gradient(params),
         has_bias=tuple(layer.b is not None for layer in params),
-        dtype=None if cost.net.dtype is None else params[0].W.dtype,
     )
 
 
@@ -131,7 +133,7 @@ def gradient(sweep: Sweep) -> Params:
 def mean_gradient(sweep: Sweep) -> Params:
     """`gradient` where every c_n is 1/N, which comes after the sums: no weighted errors are kept beside δ."""
     scale = 1 / sweep.losses.size
-    layers = layer_gradients(sweep.inputs, sweep.errors, sweep.has_bias, scale, sweep.dtype)
+    layers = layer_gradients(sweep.inputs, sweep.errors, sweep.has_bias, scale)
     return add_penalty(layers, sweep.penalty)
 
 
@@ -142,7 +144,7 @@ def weighted_gradient(sweep: Sweep, weights: Sequence[Float[Array, "*batch"]]) -
         (scaled(w, 1 / unit)[..., None] * widened(delta)).astype(delta.dtype)
         for w, delta in zip(weights, sweep.errors, strict=True)
     )
-    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit, sweep.dtype)
+    layers = layer_gradients(sweep.inputs, errors, sweep.has_bias, unit)
     return add_penalty(layers, sweep.penalty)
 
 
@@ -154,6 +156,24 @@ def weight_unit(N: int, dtype: Any) -> float:
     two costs no digit.
     """
     return 1.0 if jnp.finfo(dtype).bits >= 32 else 2.0 ** -round(log2(N))
+
+
+def has_fewer_exponents(dtype: Any, than: Any) -> bool:
+    """So has float16, whose smallest number is 6·10⁻⁸; bfloat16 has those of float32."""
+    return jnp.finfo(dtype).maxexp < jnp.finfo(than).maxexp
+
+
+def power_to_one(A_bar: Array, axis: int | None = None) -> Array:
+    """The power of two that brings the largest |ā| between ½ and 1; 1 if that is 0 or not finite.
+
+    Multiplying by it is exact, and the pullback is linear: its results, divided by it, depend on it only
+    where they underflow.
+    """
+    sizes = jax.lax.stop_gradient(jnp.abs(A_bar))
+    largest = jnp.max(sizes, axis=axis, keepdims=axis is not None, initial=0)
+    _, exponent = jnp.frexp(largest)
+    power = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(exponent, -100, 100))
+    return jnp.where(jnp.isfinite(largest) & (largest > 0), power, jnp.ones_like(power))
 
 
 def backpropagate_errors(
