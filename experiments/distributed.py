@@ -3,14 +3,15 @@
     python -m experiments.distributed                       one process, all of its devices
     python -m experiments.distributed --cpu-devices 8       a CPU that stands in for eight devices
 
-    python -m experiments.distributed --coordinator 127.0.0.1:8476 --processes 2 --process 0      two processes:
-    python -m experiments.distributed --coordinator 127.0.0.1:8476 --processes 2 --process 1      one line each
+    two processes, in two windows:
+    python -m experiments.distributed --coordinator 127.0.0.1:8476 --processes 2 --process 0
+    python -m experiments.distributed --coordinator 127.0.0.1:8476 --processes 2 --process 1
 
     srun python -m experiments.distributed                  Slurm, a task for each GPU or each machine
     mpirun -n 4 python -m experiments.distributed           Open MPI
-    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="python -m experiments.distributed"    Cloud TPU
+    gcloud compute tpus tpu-vm ssh NAME --worker=all --command="python -m experiments.distributed"
 
-(--help lists the flags.) On machines of their own, processes need a coordinator's address that all can reach,
+--help lists the flags. On machines of their own, processes need a coordinator's address that all can reach,
 a port of the first machine; under Slurm, Open MPI, on Cloud TPU and Kubernetes JAX finds it by itself. GPUs
 talk by NCCL, TPUs by their own links, CPUs by gloo over TCP. --checkpoint needs a folder that all see.
 
@@ -29,8 +30,7 @@ the others with it, as their links break; without `join_processes` all would wai
 --checkpoint goes on from there when it is started again, with as many processes or other many.
 """
 
-import os
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 
@@ -100,7 +99,7 @@ def layout_of(flags: Flags, params: fnn.Params) -> fnn.Layout | None:
 
 def run(flags: Flags) -> fnn.History:
     (X, y), (X_test, y_test) = digits.load(flags.seed)
-    X, X_test = digits.standardised(X, X), digits.standardised(X, X_test)
+    X, X_test = digits.standardised(X, X), digits.standardised(X_test, X)
     init_key, key = jax.random.split(jax.random.key(flags.seed))
     params = fnn.init(init_key, (64, *flags.widths, 10), weights=fnn.he_normal)
     net = fnn.mlp(fnn.relu)
@@ -109,15 +108,16 @@ def run(flags: Flags) -> fnn.History:
     layout = layout_of(flags, params)
 
     is_first, is_last = jax.process_index() == 0, jax.process_index() == jax.process_count() - 1
+    description = describe(cost, optimizer, params, flags.batch_size, layout)
     if is_first:
-        print(f"Devices:  {jax.device_count()} of {jax.process_count()} processes, layout {flags.layout}")
-        print(describe(cost, optimizer, params, (X, y), flags.batch_size, layout))
+        n = jax.process_count()
+        print(f"Devices:  {jax.device_count()} in {n} process{'es' * (n > 1)}, layout {flags.layout}")
+        print(description)
 
     def fail(report: fnn.EpochReport) -> None:
         if is_last and report.epoch == flags.fail_at:
             raise RuntimeError(f"as --fail-at {flags.fail_at} asks for")
 
-    start = time.perf_counter()
     history = fnn.fit(
         cost,
         optimizer,
@@ -135,35 +135,37 @@ def run(flags: Flags) -> fnn.History:
     trained = jax.device_get(fnn.on_host(history.params))
     if is_first:
         accuracy = history.validation["accuracy"][-1]
-        print(f"Training: {flags.epochs} epochs in {time.perf_counter() - start:.1f} s")
+        print(f"Training: {flags.epochs} epochs in {history.seconds.sum():.1f} s")
         print(f"Test:     {accuracy:.2%} of the digits, cost {history.validation['cost'][-1]:.6f}")
         if flags.save is not None:
             fnn.save(flags.save, trained)
     return history
 
 
-def describe(
-    cost: Any, optimizer: Any, params: Any, data: Any, batch_size: int, layout: fnn.Layout | None
-) -> str:
-    """What a compiled run sends over the links, and what each device holds of it."""
-    state = fnn.train_state(optimizer, params, jax.random.key(0))
-    data = tuple(jnp.asarray(array) for array in data)
-    _, run_epochs = compiled_epochs(cost, optimizer, (), (), batch_size, False, layout)
+def describe(cost: Any, optimizer: Any, params: Any, batch_size: int, layout: fnn.Layout | None) -> str:
+    """What each device holds of a run's state, and what they send each other in an epoch of equal steps.
+
+    All processes call it: those of GPUs share the work of compiling.
+    """
+    state: Any = fnn.train_state(optimizer, params, jax.random.key(0))
+    data: Any = jnp.zeros((2 * batch_size, 64)), jnp.zeros(2 * batch_size, jnp.int32)
     if layout is not None:
         state, data = layout.put(params, state), layout.put_whole(data)
-    compiled = run_epochs.lower(state, data, None, jnp.int32(1)).compile()
-    rows = [["sends", "bytes"]]
-    rows += [[f"  {c.kind} of {c.shape}", f"{c.bytes:,}"] for c in collectives(compiled)]
-    device = jax.local_devices()[0]
-    held = sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves((state.params, state.optimizer_state))
-        for shard in leaf.addressable_shards
-        if shard.device == device
-    )
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer_state)))
-    rows += [["  of parameters and optimiser a device holds", f"{held:,}"], ["  of all", f"{whole:,}"]]
-    return aligned(rows, "<>")
+    leaves = jax.tree.leaves((state.params, state.optimizer_state))
+    shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
+    held = sum(shard.data.nbytes for shard in shards if shard.device == shards[0].device)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    text = f"Each has: {held:,} of the {whole:,} bytes of parameters and optimiser\n"
+
+    _, run_epochs = compiled_epochs(cost, optimizer, (), (), batch_size, False, layout)
+    sent = Counter(collectives(run_epochs.lower(state, data, None, jnp.int32(1)).compile()))
+    if not sent:
+        return f"{text}Sends:    nothing"
+    rows: list[tuple[str, ...]] = [("Sends:   times", "what", "bytes", "arrays")]
+    for (kind, shapes, n_bytes), times in sorted(sent.items(), key=lambda item: -item[0].bytes):
+        more = f" and {len(shapes) - 2} more" if len(shapes) > 2 else ""
+        rows.append((f"{times}", kind, f"{n_bytes:,}", ", ".join(shapes[:2]) + more))
+    return text + aligned(rows, "><><")
 
 
 def main(args: Sequence[str] | None = None) -> None:

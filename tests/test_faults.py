@@ -1,13 +1,20 @@
 """The experiment on faults: what it says of us, and that it would see a way of saving that is worse."""
 
 import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import faults
 from experiments.faults import Flags, Format, Keeper
+from fnn.files import replacing
 
 QUICK = Flags(kills=8, flips=60)
 
@@ -87,8 +94,85 @@ def test_full_disks_leave_the_checkpoint_before(tmp_path):
     assert on_disk == (20, 20)
 
 
+def test_sharded_checkpoints_refuse_every_flipped_bit(tmp_path):
+    form = {form.name: form for form in faults.formats()[0]}["fnn.ShardedCheckpoints"]
+    total, _ = faults.flips(Flags(flips=10 * form.share), form, tmp_path)
+    assert total == (10, 10, 0, 0)
+
+
+def train_a_little(n: int, seed: int, folder: Path | None, reports: Connection) -> None:
+    """Saves a line for every step from the last one on, and sends where it ended."""
+    if folder is None:
+        return reports.send("30 steps")
+    folder.mkdir(exist_ok=True)
+    done = faults.lines(folder) if n != 1 else ""
+    while done.count("\n") < 30:
+        done += f"{time.time()}\n"
+        with replacing("test", folder / "history.jsonl") as file:
+            file.write(done.encode())
+        time.sleep(0.01)
+    reports.send("30 steps" if n != 2 else "others")
+
+
+def test_stopped_trainings_are_told_apart(tmp_path, monkeypatch):
+    """One that goes on, one that always starts over, one that ends with something else."""
+    monkeypatch.setattr(faults, "STARTING", 0.1)
+    for n in range(3):
+        stopped = faults.stopped(train_a_little, n, 0, tmp_path / str(n))
+        assert stopped.is_equal == (n != 2)
+        assert stopped.killed + stopped.terminated > 0
+        assert (stopped.went_on > 0, stopped.started_over > 0) == (n != 1, n == 1)
+
+
+def test_a_training_goes_on_from_its_folder(tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        history = faults.training(1, 0, tmp_path)
+        assert faults.lines(tmp_path).count("\n") == len(history.seconds)
+        assert faults.digest(faults.training(1, 0, tmp_path)) == faults.digest(history)
+        other = replace(history, train={"cost": history.train["cost"] * (1 + 1e-15)})
+    assert faults.digest(other) != faults.digest(history)
+
+
+def test_a_pair_that_hangs_or_starts_over_is_seen(monkeypatch):
+    """Two processes that end by themselves and by a signal, and one that does not end."""
+
+    def process(code):
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    both = [process("import os; os.kill(os.getpid(), 9)"), process("import time; time.sleep(1000)")]
+    at = faults.ends(both, 5)
+    assert at[0] is not None and at[1] is None and [one.returncode for one in both] == [-9, -9]
+
+    def pair(way, n, *args):
+        return faults.Pair(None if n else 0.5, (-9, 1), "", 3, n == 0, 0.0, n * 1e-7)
+
+    monkeypatch.setattr(faults, "pair", pair)
+    monkeypatch.setattr(faults, "trained", lambda *args: ())
+    text, totals = faults.pairs_table(Flags(pairs=2))
+    assert list(totals) == list(faults.WAYS)
+    assert text.splitlines()[1].split() == "SIGKILL 2 1 0.50 s (-9, 1) 1 0 1e-07".split()
+
+
+def test_parts_that_are_not_done_stay_in_the_table(tmp_path, monkeypatch):
+    made = {
+        part: (title, lambda flags, part=part: (f"{part} {flags.seed}", None))
+        for part, (title, _) in faults.PARTS.items()
+    }
+    monkeypatch.setattr(faults, "PARTS", made)
+    path = tmp_path / "faults.txt"
+    path.write_text(faults.run(Flags(output=path)))
+    before = faults.sections(path.read_text())
+    assert list(before) == [title for title, _ in made.values()]
+    path.write_text(faults.run(Flags(output=path, seed=1, parts=("flips",))))
+    after = faults.sections(path.read_text())
+    title = made["flips"][0]
+    assert after.pop(title).startswith("flips 1\n\nPython") and before.pop(title).startswith("flips 0")
+    assert after == before
+
+
 def test_flags_are_checked():
-    for flags in (Flags(kills=0), Flags(flips=0), Flags(seed=-1), Flags(output=Path("faults.png"))):
+    wrong = Flags(kills=0), Flags(flips=0), Flags(trainings=0), Flags(pairs=0), Flags(parts=())
+    for flags in (*wrong, Flags(seed=-1), Flags(output=Path("faults.png"))):
         with pytest.raises(ValueError, match="needs to be"):
             flags.check()
     Flags().check()
