@@ -736,7 +736,7 @@ BAD = {
         r"the function 'own' of record needs to be hashable"),
     "record of numbers for each example, with a short last batch": Bad(
         lambda: fit(record={"norms": fnn.example_norms}, batch_size=4), ValueError,
-        r"'norms' of record needs to return equal shapes.*one batch has 2 examples, another 4\. Use a batch_size"),
+        r"'norms' of record needs to return equal shapes.*one batch has 2 examples, another 4"),
     "record with a cost that has no sweep": Bad(
         lambda: fit(OF_NUMBERS, params=np.float32(1), data=(w, w), record={"norms": fnn.example_norms}),
         TypeError, r"backprop: cost needs to be made by fnn\.cost"),

@@ -1,5 +1,7 @@
 """Products in 16 bits of parameters in 32: as right as their roundings allow, and what is wide stays wide."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ UNITS = 3 * (len(SIZES) - 1)
 def problem():
     keys = jax.random.split(jax.random.key(0), 3)
     params = fnn.init(keys[0], SIZES, dtype=jnp.float32)
-    params = tuple(layer._replace(b=layer.b + 0.1) for layer in params)
+    params = tuple(fnn.Layer(W, jnp.full(len(W), 0.1, W.dtype)) for W, _ in params)
     X = jax.random.normal(keys[1], (64, SIZES[0]), jnp.float32)
     return params, X, jax.random.randint(keys[2], (64,), 0, SIZES[-1])
 
@@ -142,16 +144,16 @@ def test_small_updates_are_not_lost(problem, dtype):
     """Steps of 1e-5 on weights near 1 leave 16-bit parameters where they are; these move, and learn."""
     params, X, y = problem
     narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    options = dict(key=jax.random.key(1), epochs=3, batch_size=32, progress=False)
+    options: dict[str, Any] = dict(key=jax.random.key(1), batch_size=32, progress=False)
     sgd = optax.sgd(1e-5)
-    mixed = fnn.fit(cost_in(dtype), sgd, params, (X, y), **options).params
-    stuck = fnn.fit(cost_in(None), sgd, narrow, (X.astype(dtype), y), **options).params
+    mixed = fnn.fit(cost_in(dtype), sgd, params, (X, y), epochs=3, **options).params
+    stuck = fnn.fit(cost_in(None), sgd, narrow, (X.astype(dtype), y), epochs=3, **options).params
     moved = [np.mean(a != b) for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(params), strict=True)]
     kept = [np.mean(a == b) for a, b in zip(jax.tree.leaves(stuck), jax.tree.leaves(narrow), strict=True)]
     assert min(moved) > 0.9 and np.mean(kept) > 0.7
 
-    learned = fnn.fit(cost_in(dtype), optax.adam(0.02), params, (X, y), **options | {"epochs": 20})
-    wide = fnn.fit(cost_in(None), optax.adam(0.02), params, (X, y), **options | {"epochs": 20})
+    learned = fnn.fit(cost_in(dtype), optax.adam(0.02), params, (X, y), epochs=20, **options)
+    wide = fnn.fit(cost_in(None), optax.adam(0.02), params, (X, y), epochs=20, **options)
     assert abs(learned.train["cost"][-1] - wide.train["cost"][-1]) < 0.05 * wide.train["cost"][0]
 
 
@@ -161,8 +163,8 @@ def test_all_products_of_a_step_are_of_two_narrow_matrices_that_lie_row_by_row(p
 
     def text(dtype):
         gradient = jax.jit(lambda params: fnn.value_and_grad(cost_in(dtype))(params, X, y)[1])
-        lines = gradient.lower(params).compile().as_text().splitlines()
-        return [line for line in lines if " dot(" in line]
+        text = gradient.lower(params).compile().as_text()
+        return [line for line in (text or "").splitlines() if " dot(" in line]
 
     plain = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     assert all(plain in line for line in text(jnp.bfloat16))

@@ -92,6 +92,6 @@ def test_a_missing_library_is_a_row(monkeypatch):
     rows = [ROWS[0], Row("another", "no_such_library", training.by_grad)]
     monkeypatch.setattr(training, "ROWS", rows)
     monkeypatch.setattr(training, "products", lambda side: {})
-    lines = training.table("M", Size(WIDTHS, 12, 4, 1, 1), "SGD", 1, 8, True).splitlines()
+    lines = training.table("M", Size(WIDTHS, 12, 4, 1, 1, 1), "SGD", 1, 8, True).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["M, SGD", "fnn.fit", "another"]
     assert "not installed" in lines[2]
