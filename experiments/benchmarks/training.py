@@ -40,11 +40,11 @@ and these, over the time of a step, are divided by the most that one large squar
 reached in the same rounds, by JAX or PyTorch. Written to training.txt beside the script.
 
 Found, on two cores, S and M: at S `fit` is 10 to 52 times as fast as the loops of Equinox, Flax NNX and
-PyTorch and 7 to 9 times as scikit-learn's; 0.86 to 0.89 of the scan of jax.grad, of which the step's own scan
-has 0.93 to 0.97, so that fit's calls take 5 to 11 % of such a run. At M it is level with that scan, 1.3 to
-1.6 times as fast as PyTorch eager and fused, with 62 to 73 % of the peak; products in bfloat16 make it 1.36 times
-as fast, where jax.grad's scan becomes slower and PyTorch's autocast reaches 0.75 (Adam) and 0.82 (SGD) of our
-rate.
+PyTorch and 7 to 9 times as scikit-learn's; 0.86 to 0.89 of the scan of jax.grad, of which the step's own
+scan has 0.93 to 0.97, so that fit's calls take 5 to 11 % of such a run. At M it is level with that scan,
+1.3 to 1.6 times as fast as PyTorch eager and fused, with 62 to 73 % of the peak; products in bfloat16
+make it 1.36 times as fast, where jax.grad's scan becomes slower and PyTorch's autocast reaches 0.75
+(Adam) and 0.82 (SGD) of our rate.
 """
 
 import argparse
