@@ -65,8 +65,9 @@ def transposed(x: Array) -> Array:
 
     XLA on a CPU has kernels for products of two bfloat16 matrices that lie row by row; any other it computes
     in float32. Left alone it never copies a transpose, but has the product read it as it lies. With copies
-    all three products of a layer get the fast kernels, which take about half the time
-    (experiments/benchmarks/training.py). The first constraint keeps the copy apart from what computes x.
+    all three products of a layer get the fast kernels: a step of 784-512-512-10, batch 128, takes 0.73 to
+    0.74 of float32's time (experiments/benchmarks/training.py). The first constraint keeps the copy apart
+    from what computes x.
     """
     if x.ndim != 2 or x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
         return x.T

@@ -28,8 +28,6 @@ with 4 networks 64-64-10 at once, and no shorter with larger networks.
 
 import argparse
 import os
-import random
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +44,7 @@ from sklearn.neural_network import MLPClassifier
 
 import fnn
 from experiments import digits
+from experiments.benchmarks.timing import ratio, rounds_of, seconds
 from fnn import ensemble
 from fnn.tables import aligned
 
@@ -130,28 +129,6 @@ def by_sklearn(epochs: int, data: Any) -> None:
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is to stop after so many epochs
         classifier.fit(*(np.asarray(a) for a in data))
     assert classifier.n_iter_ == epochs
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def rounds_of(runs: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Seconds, one row for each round, in which every run has its turn, in another order each time."""
-    shuffled, times = random.Random(0), []
-    for _ in range(rounds):
-        order = list(range(len(runs)))
-        shuffled.shuffle(order)
-        found = {i: seconds(runs[i]) for i in order}
-        times.append([found[i] for i in range(len(runs))])
-    return np.array(times)
-
-
-def ratio(times: np.ndarray, a: int, b: int) -> str:
-    low, high = np.quantile(times[:, a] / times[:, b], [0.25, 0.75])
-    return f"{np.median(times[:, a]) / np.median(times[:, b]):.2f} ({low:.2f}-{high:.2f})"
 
 
 def runs_table(M: int, epochs: int, rounds: int, data: Any) -> str:

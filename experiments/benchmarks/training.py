@@ -49,8 +49,6 @@ make it 1.36 times as fast, where jax.grad's scan becomes slower and PyTorch's a
 
 import argparse
 import os
-import random
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -67,6 +65,7 @@ import optax
 
 import fnn
 from experiments import digits
+from experiments.benchmarks.timing import ratio, rounds_of, seconds
 from fnn.tables import aligned
 
 
@@ -440,23 +439,6 @@ def products(side: int) -> dict[tuple[str, str], Callable[[], Any]]:
     return found
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def rounds_of(runs: list[Callable[[], Any]], rounds: int) -> np.ndarray:
-    """Seconds, one row for each round, in which every run has its turn, in another order each time."""
-    shuffled, times = random.Random(0), []
-    for _ in range(rounds):
-        order = list(range(len(runs)))
-        shuffled.shuffle(order)
-        found = {i: seconds(runs[i]) for i in order}
-        times.append([found[i] for i in range(len(runs))])
-    return np.array(times)
-
-
 def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: bool) -> str:
     task = task_of(name, size, optimizer)
     rows = [row for row in ROWS if name in row.sizes and (row.quick or not quick)]
@@ -489,11 +471,6 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
         each = ", ".join(f"{dtype} {whose} {speed / 1e9:.0f}" for (dtype, whose), speed in speeds.items())
         lines.append(f"peak, 10^9 operations per second: {each}; a step has {of_a_step / 1e9:.3g}·10^9")
     return "\n".join(lines)
-
-
-def ratio(times: np.ndarray, a: int, b: int) -> str:
-    low, high = np.quantile(times[:, a] / times[:, b], [0.25, 0.75])
-    return f"{np.median(times[:, a]) / np.median(times[:, b]):.2f} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:

@@ -1,0 +1,31 @@
+"""Times of several things in turn, and their ratios, as benchmarks report them."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def rounds_of(runs: list[Callable[[], Any]], rounds: int) -> np.ndarray:
+    """Seconds, one row for each round, in which every run has its turn, in another order each time."""
+    shuffled, times = random.Random(0), []
+    for _ in range(rounds):
+        order = list(range(len(runs)))
+        shuffled.shuffle(order)
+        found = {i: seconds(runs[i]) for i in order}
+        times.append([found[i] for i in range(len(runs))])
+    return np.array(times)
+
+
+def ratio(times: np.ndarray, a: int, b: int) -> str:
+    """Of medians, and in brackets the range of the middle half of the ratios within a round."""
+    low, high = np.quantile(times[:, a] / times[:, b], [0.25, 0.75])
+    return f"{np.median(times[:, a]) / np.median(times[:, b]):.2f} ({low:.2f}-{high:.2f})"
