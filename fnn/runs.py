@@ -156,31 +156,20 @@ def fit(
     run = {}
     if checkpoint is not None or layout is not None:
         run = fingerprint(cost, params, key, data, validation, batch_size=batch_size)
-    agreed = run | {
+    options: dict[str, Any] = {
         "epochs": epochs,
+        "names": names,
+        "records": tuple(name for name, _ in named_records),
+        "early_stopping": early_stopping,
+        "callbacks": callbacks,
+        "skips": skips,
         "checkpoint": checkpoint,
-        "numbers": names,
-        "record": list(record or {}),
     }
-    agreed |= {"on_divergence": on_divergence, "early_stopping": early_stopping, "callbacks": len(callbacks)}
-    state, placed = begin("fit", optimizer, params, key, (data, validation), layout, checkpoint, agreed)
+    state, placed = begin("fit", optimizer, params, key, (data, validation), layout, run, options)
     functions = [tuple(function for _, function in named) for named in (named_metrics, named_records)]
     compiled = compiled_epochs(cost, optimizer, *functions, batch_size, skips, layout)
     source = _InMemory(cost, optimizer, placed[0], placed[1], batch_size, skips, *compiled)
-    return follow(
-        source,
-        state,
-        epochs=epochs,
-        names=names,
-        records=tuple(name for name, _ in named_records),
-        early_stopping=early_stopping,
-        callbacks=callbacks,
-        skips=skips,
-        checkpoint=checkpoint,
-        run=run,
-        together=layout is not None,
-        progress=progress,
-    )
+    return follow(source, state, run=run, together=layout is not None, progress=progress, **options)
 
 
 def begin(
@@ -190,22 +179,22 @@ def begin(
     key: Any,
     data: Any,
     layout: Layout | None,
-    checkpoint: Any,
-    agreed: Mapping[str, Any],
+    run: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> tuple[TrainState, Any]:
     """The state before the first step, and the data, placed as the layout says.
 
-    agreed: what has to be the same in all processes, as it decides what they do
+    run, options: as for `follow`; the same in all processes, as they decide what these do
     """
     if layout is None:
-        if checkpoint is not None and jax.process_count() > 1:
+        if options["checkpoint"] is not None and jax.process_count() > 1:
             raise ValueError(
                 f"{where}: with several processes checkpoint= needs a layout, such as fnn.data_parallel(); "
                 "without one every process trains for itself."
             )
         return train_state(optimizer, params, key), data
     check_launcher(where)
-    check_agreed(where, agreed)
+    check_agreed(where, {**run, **options, "callbacks": len(options["callbacks"])})
     # Split before there is an optimiser's state: whole, it may not fit on a device.
     params, key = layout.put(params, params), layout.put_whole(key)
     return _laid_out_state(optimizer, layout, params, key), layout.put_whole(data)

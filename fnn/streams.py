@@ -209,15 +209,17 @@ def fit_batches(
     run = {}
     if checkpoint is not None or layout is not None:
         run = fingerprint(cost, params, None, (), validation, steps_per_epoch=steps_per_epoch)
-    agreed = run | {
+    options: dict[str, Any] = {
         "epochs": epochs,
+        "names": names,
+        "records": tuple(name for name, _ in named_records),
+        "early_stopping": early_stopping,
+        "callbacks": callbacks,
+        "skips": skips,
         "checkpoint": checkpoint,
-        "numbers": names,
-        "record": list(record or {}),
     }
-    agreed |= {"on_divergence": on_divergence, "early_stopping": early_stopping, "callbacks": len(callbacks)}
     key = jax.random.key(0)  # of no use: the batches come in their order
-    state, placed = begin("fit_batches", optimizer, params, key, validation, layout, checkpoint, agreed)
+    state, placed = begin("fit_batches", optimizer, params, key, validation, layout, run, options)
     if layout is not None and jax.process_count() > 1:
         layout.check_own_rows("fit_batches")
     metric_functions, functions = (tuple(f for _, f in named) for named in (named_metrics, named_records))
@@ -225,20 +227,7 @@ def fit_batches(
     reader = _Reader(batches, steps_per_epoch, None if epochs is None else epochs * steps_per_epoch)
     source = _Stream(cost, optimizer, params, reader, placed, named_records, layout, skips, *compiled)
     with closing(reader):
-        history = follow(
-            source,
-            state,
-            epochs=epochs,
-            names=names,
-            records=tuple(name for name, _ in named_records),
-            early_stopping=early_stopping,
-            callbacks=callbacks,
-            skips=skips,
-            checkpoint=checkpoint,
-            run=run,
-            together=layout is not None,
-            progress=progress,
-        )
+        history = follow(source, state, run=run, together=layout is not None, progress=progress, **options)
     if not len(history.seconds):
         raise ValueError("fit_batches: batches gave no batch; an iterator can be used once only.")
     if source.has_ended and epochs is not None and len(history.seconds) < epochs:
