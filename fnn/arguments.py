@@ -6,6 +6,7 @@ labels out of range, numbers that JAX would narrow in silence.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from operator import index
 from typing import Any
 
@@ -105,7 +106,12 @@ def check_fits(name: str, arrays: Any, cost: Any, params: Any) -> None:
             "Did you mean X[:, None]?"
         )
     with _about(name):
-        check_scalar("cost", lambda *batch: cost.forward(*batch)[0], params, arrays)
+        check_scalar("cost", _value_of(cost), params, arrays)
+
+
+@lru_cache(maxsize=16)  # one function for each cost, so that JAX keeps what its trace gave
+def _value_of(cost: Any) -> Any:
+    return lambda *arguments: cost.forward(*arguments)[0]
 
 
 def check_numbers(name: str, data: Any, cost: Any, params: Any) -> None:
@@ -291,7 +297,7 @@ def check_recorded_shapes(
 
 def check_scalar(what: str, function: Any, params: Any, data: Sequence[Array]) -> None:
     """Traces the function on the whole data's shapes, so that its own errors come first and alone."""
-    out = jax.eval_shape(lambda *args: function(*args), params, *data)
+    out = jax.eval_shape(function, params, *data)
     if getattr(out, "shape", None) != ():
         shape = f"shape {out.shape}" if hasattr(out, "shape") else _outline(out)
         raise TypeError(f"fit: the {what} needs to be a scalar, got {shape}; return one number, as the mean.")

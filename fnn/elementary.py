@@ -12,7 +12,9 @@ Of XLA they use exp and log1p alone. Its tanh and erfc are not right to 4 ulp, n
 and so do these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from functools import cache, wraps
 from math import exp, factorial, floor, frexp, log
@@ -28,6 +30,7 @@ from .rules import is_array
 F = TypeVar("F", bound=Callable)
 Number = Array | float
 Parts = tuple[Number, Number]  # high + low: high has half of the dtype's digits, so that high·high is exact
+SMALL = 4096  # numbers in a matrix, whose copy is cheap beside a slower product
 
 
 def rounded_once(function: F) -> F:
@@ -61,18 +64,41 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def transposed(x: Array) -> Array:
-    """xᵀ of a matrix, for a product: on a CPU in bfloat16 laid out row by row, at the price of a copy.
+    """xᵀ of a matrix, for a product: on a CPU laid out row by row, at the price of a copy.
 
-    XLA on a CPU has kernels for products of two bfloat16 matrices that lie row by row; any other it computes
-    in float32. Left alone it never copies a transpose, but has the product read it as it lies. With copies
-    all three products of a layer get the fast kernels: a step of 784-512-512-10, batch 128, takes 0.73 to
-    0.74 of float32's time (experiments/benchmarks/training.py). The first constraint keeps the copy apart
-    from what computes x.
+    XLA never copies a transpose, but has the product read it as it lies. In bfloat16 a CPU then computes the
+    product in float32, as its kernels take two matrices that lie row by row; and in any dtype a product of
+    small matrices is slow. The barriers keep the copy apart from what computes x and from the product.
     """
-    if x.ndim != 2 or x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or x.ndim != 2:
         return x.T
-    by_rows = Layout((0, 1))
-    return with_layout_constraint(with_layout_constraint(x, by_rows).T, by_rows)
+    if x.dtype == jnp.bfloat16 and not _is_partitioned.get():
+        return _by_rows(_by_rows(x).T)
+    if x.size <= SMALL:
+        return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
+    return x.T
+
+
+def times_transposed(A: Array, W: Array) -> Array:
+    """A Wᵀ, summed and returned in at least 32 bits. In float32 a CPU has a kernel for W as it lies."""
+    return matmul(A, transposed(W) if W.dtype == jnp.bfloat16 else W.T)
+
+
+def _by_rows(x: Array) -> Array:
+    return with_layout_constraint(x, Layout((0, 1)))
+
+
+_is_partitioned = ContextVar("is_partitioned", default=False)
+
+
+@contextmanager
+def partitioned() -> Iterator[None]:
+    """Around the tracing of what XLA splits over devices: an array with a layout to keep it would gather."""
+    token = _is_partitioned.set(True)
+    try:
+        yield
+    finally:
+        _is_partitioned.reset(token)
 
 
 def scaled(x: Array, scale: float) -> Array:

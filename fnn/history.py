@@ -115,7 +115,8 @@ class Numbers:
 
     def add(self, rows: Rows, n: int, seconds: float) -> None:
         for into, columns in ((self.train, rows.train), (self.validation, rows.validation)):
-            into += [[float(column[i]) for column in columns] for i in range(n)]
+            lists = [np.asarray(column[:n], float).tolist() for column in columns]
+            into += map(list, zip(*lists, strict=True)) if lists else ([] for _ in range(n))
         self.seconds += [seconds] * n
         if n and self.record_names:
             self.records.append(jax.tree.map(lambda x: np.concatenate(x[:n]), rows.records))

@@ -51,8 +51,9 @@ def softmax_cross_entropy_pullback(
     residuals: tuple[Float[Array, "*batch K"], Float[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
     Z, y = residuals
-    p, others = _softmax_and_others(Z)
-    Z_bar = C_bar[..., None] * (p * sum_of_others(y) - y * others)
+    e, others = _exponentials_and_others(Z)
+    p, rest = e / (e + others), others / (e + others)
+    Z_bar = C_bar[..., None] * (p * sum_of_others(y) - y * rest)
     return Z_bar, C_bar[..., None] * -_log_softmax(Z)
 
 
@@ -90,8 +91,8 @@ def softmax_cross_entropy_with_integer_labels_pullback(
     residuals: tuple[Float[Array, "*batch K"], Bool[Array, "*batch K"]], C_bar: Float[Array, "*batch"]
 ):
     Z, is_label = residuals
-    p, others = _softmax_and_others(Z)
-    return C_bar[..., None] * jnp.where(is_label, -others, p), None
+    e, others = _exponentials_and_others(Z)
+    return C_bar[..., None] * (jnp.where(is_label, -others, e) / (e + others)), None
 
 
 softmax_cross_entropy_with_integer_labels = Rule(
@@ -345,11 +346,10 @@ def _log_softmax(Z: Array) -> Array:
 
 
 @partial(jax.jit, inline=True)
-def _softmax_and_others(Z: Array) -> tuple[Array, Array]:
-    """p_k, and 1 - p_k = Σ_{j≠k} p_j."""
+def _exponentials_and_others(Z: Array) -> tuple[Array, Array]:
+    """e_k and Σ_{j≠k} e_j, for p_k = e_k / Σ_j e_j and 1 - p_k."""
     _, e = shifted_exponentials(Z)
-    others = sum_of_others(e)
-    return e / (e + others), others / (e + others)
+    return e, sum_of_others(e)
 
 
 def _times_log(y: Array, log_p: Array) -> Array:

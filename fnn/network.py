@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .activations import identity
-from .elementary import matmul, scaled, transposed, widened
+from .elementary import matmul, scaled, times_transposed, widened
 from .params import Params, check_not_narrowed, check_params
 from .rules import RuleLike, check_adjoints, check_rule_like, is_array
 from .sweep import (
@@ -71,7 +71,7 @@ class Network:
         # What the loss reads is not rounded to `dtype`.
         kept_in = (*[dtype] * (len(params) - 1), X.dtype)
         for (W, b), activation, own in zip(params, self.activations(params), kept_in, strict=True):
-            Z = matmul(A, transposed(W.astype(dtype)))
+            Z = times_transposed(A, W.astype(dtype))
             if b is not None:
                 Z = Z + jnp.broadcast_to(b.astype(Z.dtype), Z.shape)
             inputs.append(A)

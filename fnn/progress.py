@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 LINES = 10  # plain lines for a whole run, so that a log stays readable
+BETWEEN = 0.1  # seconds between two states of a live bar, as small networks have hundreds of epochs in them
 RECENT = 5  # epochs whose median is the time of one: a single slow one changes nothing
 
 # (epoch, training's numbers, validation's, seconds)
@@ -53,7 +54,7 @@ def progress_bar(
 def _plain_lines(words: "_Words") -> Iterator[Show]:
     """The first epoch, some between, and the last one, be it planned or not."""
     epochs = words.epochs
-    unprinted = []
+    unprinted: list[tuple[Sequence[float], Sequence[float]]] = []  # the numbers of the last epoch
 
     def is_due(epoch: int) -> bool:
         if epochs is None:
@@ -63,16 +64,20 @@ def _plain_lines(words: "_Words") -> Iterator[Show]:
     def tell(epoch: int, train: Sequence[float], validation: Sequence[float], seconds: float) -> None:
         is_first = words.count == 0
         words.add(epoch, seconds)
-        parts = (words.epoch(), words.step(), words.numbers(train, validation), words.speed(), words.left())
-        unprinted[:] = ["  ".join(part for part in parts if part)]
+        unprinted[:] = [(train, validation)]
         if is_first or is_due(epoch):
-            print(unprinted.pop(), file=sys.stderr, flush=True)
+            print_it()
+
+    def print_it() -> None:
+        for numbers in unprinted:
+            parts = (words.epoch(), words.step(), words.numbers(*numbers), words.speed(), words.left())
+            print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        unprinted.clear()
 
     try:
         yield tell
     finally:
-        for line in unprinted:
-            print(line, file=sys.stderr, flush=True)
+        print_it()
 
 
 @contextmanager
@@ -93,16 +98,27 @@ def _live_bar(words: "_Words", console: Any) -> Iterator[Show]:
     )
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("compiling", total=words.epochs, left="")
+        latest: list[tuple[Sequence[float], Sequence[float]]] = []
+        shown = float("-inf")
 
         def tell(epoch: int, train: Sequence[float], validation: Sequence[float], seconds: float) -> None:
+            nonlocal shown
             words.add(epoch, seconds)
-            parts = (words.step(), words.numbers(train, validation), words.speed())
-            text = "  ".join(part for part in parts if part)
-            bar.update(task, completed=epoch, description=text, left=words.left())
+            latest[:] = [(train, validation)]
+            if time.monotonic() - shown >= BETWEEN:
+                shown = time.monotonic()
+                update()
+
+        def update() -> None:
+            for numbers in latest:
+                parts = (words.step(), words.numbers(*numbers), words.speed())
+                text = "  ".join(part for part in parts if part)
+                bar.update(task, completed=words.last, description=text, left=words.left())
 
         try:
             yield tell
         finally:
+            update()
             if words.epochs is None:  # known now
                 bar.update(task, total=words.last)
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -40,6 +41,7 @@ from .arguments import (
     check_scalar,
 )
 from .divergence import explain
+from .elementary import partitioned
 from .history import Callback, DivergenceError, EarlyStopping, History, Numbers, Rows
 from .params import check_key
 from .processes import alone, answers, check_agreed, check_launcher, on_host
@@ -52,15 +54,15 @@ from .train import (
     Record,
     TrainState,
     epoch_numbers,
+    first_state,
     scan_epoch,
     shuffle,
     step_with_rows,
     train_epoch,
-    train_state,
 )
 
 SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar
-EPOCHS, ROW_BYTES = 64, 2**24  # and their largest number, and what their numbers may take in memory
+EPOCHS, ROW_BYTES = 256, 2**24  # and their largest number, and what their numbers may take in memory
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient after which skipping is no help
 
 
@@ -192,7 +194,7 @@ def begin(
                 f"{where}: with several processes checkpoint= needs a layout, such as fnn.data_parallel(); "
                 "without one every process trains for itself."
             )
-        return train_state(optimizer, params, key), data
+        return first_state(optimizer, params, key), data
     check_launcher(where)
     check_agreed(where, {**run, **options, "callbacks": len(options["callbacks"])})
     # Split before there is an optimiser's state: whole, it may not fit on a device.
@@ -202,14 +204,14 @@ def begin(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _laid_out_state(optimizer, layout, params, key):
-    return layout.placed(params, train_state(optimizer, params, key))
+    return layout.placed(params, first_state(optimizer, params, key))
 
 
 class Advance(NamedTuple):
     """What came of some epochs."""
 
     state: TrainState
-    before: TrainState  # the last of them, or the steps in which it diverged; what is left if it did
+    before: TrainState  # the epoch in which it diverged, if it did: what is left then
     done: int  # epochs, the one that is not finite included; 0 at the end of a stream
     is_finite: bool
     rows: Rows  # of `done` epochs, or more, along a first axis
@@ -234,7 +236,7 @@ class Source(Protocol):
         ...
 
     def advance(self, state: TrainState, n: int) -> Advance:
-        """At most n epochs from here, until one is not finite. The memory of `state` may be reused."""
+        """At most n epochs from here, until one is not finite."""
         ...
 
     def explain(self, advance: Advance, epoch: int) -> str:
@@ -320,16 +322,16 @@ def follow(
                 show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1], numbers.seconds[-1])
             if watches:  # an epoch for each call
                 if early_stopping and numbers.is_best(early_stopping, best and best[0]):
-                    best = epoch, jax.tree.map(partial(jnp.array, copy=True), state.params)
-                copy = jax.tree.map(partial(jnp.array, copy=True), state.params) if callbacks else None
-                report = numbers.report(int(state.step), copy)
+                    best = epoch, state.params
+                report = numbers.report(int(state.step), state.params)
                 stopped = any([callback(report) is True for callback in callbacks])
                 if early_stopping and best and epoch - best[0] >= early_stopping.patience:
                     stopped = True
             elif calls:  # the first call compiles
                 in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
-                at_once = max(1, min(in_time, 2 * at_once, len(advance.rows.costs)))
+                at_once = max(1, min(in_time, 4 * at_once, len(advance.rows.costs)))
             calls += 1
+            del advance  # and with it the state before
             # What a clock, a signal or a callback says may differ between processes.
             is_due = folder is not None and folder.is_due
             everyone = ask(at_once, is_terminated(), is_due, stopped)
@@ -397,9 +399,25 @@ class _InMemory:
         return jax.eval_shape(self.run_epoch, state, self.data, self.validation)[1]
 
     def advance(self, state: TrainState, n: int) -> Advance:
-        state, before, *rest = self.run_epochs(state, self.data, self.validation, jnp.int32(n))
-        done, is_finite, rows = jax.device_get(rest)
-        return Advance(state, before, int(done), bool(is_finite), rows)
+        after, is_finite, rows = self._run(state, n)
+        done = min(n, len(rows.costs))
+        if is_finite or done == 1:
+            return Advance(after, state, done, is_finite, rows)
+        # Somewhere in these: the same epochs again, one by one.
+        before, each = state, []
+        for _ in range(done):
+            before = state
+            state, is_finite, rows = self._run(before, 1)
+            each.append(jax.tree.map(lambda x: x[:1], rows))
+            if not is_finite:
+                break
+        rows = jax.tree.map(lambda *x: np.concatenate(x), *each)
+        return Advance(state, before, len(each), is_finite, rows)
+
+    def _run(self, state: TrainState, n: int) -> tuple[TrainState, bool, Rows]:
+        after, *rest = self.run_epochs(state, self.data, self.validation, np.int32(n))
+        is_finite, rows = jax.device_get(rest)
+        return after, bool(is_finite), rows
 
     def explain(self, advance: Advance, epoch: int) -> str:
         before, data = on_host((advance.before, self.data))
@@ -415,7 +433,9 @@ class _InMemory:
 @lru_cache(maxsize=16)  # runs kept compiled; a search over thousands of optimisers would fill the memory
 def compiled_epochs(cost, optimizer, metrics, record, batch_size, skips, layout):
     epoch = partial(_epoch, cost, optimizer, metrics, record, batch_size, skips, layout)
-    return epoch, jax.jit(partial(_epochs, epoch, skips), donate_argnums=0)
+    if layout is not None:
+        epoch = partitioned()(epoch)
+    return epoch, jax.jit(partial(_epochs, epoch, skips))
 
 
 def _epochs(
@@ -425,35 +445,28 @@ def _epochs(
     data: tuple[Array, ...],
     validation: tuple[Array, ...] | None,
     n: Array,
-) -> tuple[TrainState, TrainState, Array, Array, Rows]:
-    """At most n epochs, until one is not finite.
+) -> tuple[TrainState, Array, Rows]:
+    """n epochs, or as many as there are rows for their numbers.
 
-    Returns the state, the state before the last epoch, which is what is left if that diverged, how many
-    epochs were run, whether all is finite, and their numbers.
+    Returns the state, whether all is finite, and the rows. The memory of `state` is not reused: it is what a
+    run that is not finite begins again from.
     """
     _, row = jax.eval_shape(epoch, state, data, validation)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
     capacity = max(1, min(EPOCHS, ROW_BYTES // max(size, 1)))
     rows = jax.tree.map(lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), row)
-    n = jnp.minimum(n, capacity)
 
-    def go_on(carry):
-        i, is_finite = carry[-2:]
-        return (i < n) & is_finite
+    def one(i, carry):
+        state, rows = carry
+        state, row = epoch(state, data, validation)
+        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), rows, row)
 
-    def one(carry):
-        before, _, rows, i, _ = carry
-        state, row = epoch(before, data, validation)
-        rows = jax.tree.map(lambda rows, row: rows.at[i].set(row), rows, row)
-        is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
-        if not skips:
-            is_finite &= jnp.isfinite(row.costs).all()
-        return state, before, rows, i + 1, is_finite
-
-    state, before, rows, i, is_finite = jax.lax.while_loop(
-        go_on, one, (state, state, rows, jnp.int32(0), jnp.array(True))
-    )
-    return state, before, i, is_finite, rows
+    state, rows = jax.lax.fori_loop(0, jnp.minimum(n, capacity), one, (state, rows))
+    # Once for all epochs: a parameter that is NaN or infinite stays so, whatever is added to it.
+    is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
+    if not skips:
+        is_finite &= jnp.isfinite(rows.costs).all()
+    return state, is_finite, rows
 
 
 def _epoch(

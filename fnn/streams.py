@@ -43,6 +43,7 @@ from .arguments import (
     check_scalar,
 )
 from .divergence import explain
+from .elementary import partitioned
 from .history import Callback, EarlyStopping, History, Rows
 from .params import check_key
 from .processes import alone, answers, on_host
@@ -489,7 +490,10 @@ def _mean_cost(costs: np.ndarray, sizes: np.ndarray, skips: bool) -> float:
 @lru_cache(maxsize=16)  # as many runs as `fit` keeps compiled
 def _compiled(cost, optimizer, metrics, record, layout, skips):
     steps = partial(_steps, cost, optimizer, record, layout, skips)
-    return jax.jit(steps), jax.jit(partial(_held_out, cost, metrics, layout))
+    held_out = partial(_held_out, cost, metrics, layout)
+    if layout is not None:
+        steps, held_out = partitioned()(steps), partitioned()(held_out)
+    return jax.jit(steps), jax.jit(held_out)
 
 
 def _held_out(cost, metrics, layout, params, validation):

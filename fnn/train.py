@@ -41,16 +41,20 @@ class TrainState(NamedTuple):
 def train_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
     """The state before the first step.
 
-    Every array is a copy of its own, as an epoch reuses the memory of the state that it gets, and optimisers
-    such as `optax.lbfgs` begin with the parameters themselves in their state.
+    Every array is a copy of its own, as `train_epoch` reuses the memory of the state that it gets, and
+    optimisers such as `optax.lbfgs` begin with the parameters themselves in their state.
     """
+    return jax.tree.map(partial(jnp.array, copy=True), first_state(optimizer, params, key))
+
+
+def first_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
+    """Likewise without copies, for calls that do not reuse its memory."""
     check_optimizer("train_state", optimizer)
     check_key("train_state", key)
     for path, leaf in jax.tree.leaves_with_path(params):
         if hasattr(leaf, "dtype"):
             check_not_narrowed(f"train_state: params{jax.tree_util.keystr(path)}", leaf.dtype)
-    state = TrainState(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
-    return jax.tree.map(partial(jnp.array, copy=True), state)
+    return TrainState(params, optimizer.init(params), key, jnp.zeros((), jnp.int32))
 
 
 def train_step(

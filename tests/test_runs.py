@@ -17,7 +17,7 @@ ADAM = optax.adam(0.05)
 
 
 def test_epochs_in_one_call_are_those_one_by_one_to_the_last_bit():
-    """With a callback every epoch is a call of its own, without one up to 64 go together."""
+    """With a callback every epoch is a call of its own, without one up to 256 go together."""
     cost, params, data = problem()
     options = dict(
         epochs=150, validation=data, metrics={"accuracy": fnn.accuracy(cost.net)}, record={"C": mean_loss}

@@ -231,9 +231,9 @@ def test_skipped_steps_are_counted():
 
 
 @cache
-def program(layout, sizes=SIZES, batch_size=16, metrics=(), N=None):
+def program(layout, sizes=SIZES, batch_size=16, metrics=(), N=None, dtype=None):
     """Steps of float32 without a penalty; the state as it goes in, and the compiled epochs."""
-    cost = fnn.cost(NET, fnn.softmax_cross_entropy_with_integer_labels)
+    cost = fnn.cost(replace(NET, dtype=dtype), fnn.softmax_cross_entropy_with_integer_labels)
     params, data = network(sizes, "float32"), examples(N or 2 * batch_size, sizes, "float32")
     with jax.numpy_dtype_promotion("standard"):
         state = layout.put(params, fnn.train_state(ADAM, params, jax.random.key(0)))
@@ -276,6 +276,16 @@ def test_data_parallel_sends_the_gradient_and_the_cost_in_one_all_reduce():
     compiled = program(fnn.data_parallel())[1]
     assert collectives(compiled) == [gradient(fnn.data_parallel())]
     assert collectives(compiled)[0].bytes == 4 * (sum(a.size for a in jax.tree.leaves(network())) + 1)
+
+
+@pytest.mark.parametrize("layout", (fnn.data_parallel(), fnn.tensor_parallel(2)), ids=("data", "tensor"))
+def test_layouts_of_operands_send_nothing(layout):
+    """Products of bfloat16 numbers alone ask for one: they send what those of float32 do."""
+    kinds = [
+        [(c.kind, len(c.shapes)) for c in collectives(program(layout, dtype=dtype)[1])]
+        for dtype in (None, jnp.dtype(jnp.bfloat16))
+    ]
+    assert kinds[0] == kinds[1]
 
 
 def test_evaluation_and_a_shorter_last_step_send_no_data():

@@ -131,7 +131,7 @@ def test_recording_along_a_run_takes_no_memory_but_its_own(standard_promotion):
 
         data = jax.ShapeDtypeStruct((1024, 784), np.float32), jax.ShapeDtypeStruct((1024,), np.int32)
         epoch = partial(_epoch, cost, optimizer, (), record, 128, False, None)
-        run = jax.jit(partial(_epochs, epoch, False), donate_argnums=0)
+        run = jax.jit(partial(_epochs, epoch, False))
         analysis = run.lower(jax.eval_shape(state), data, None, jnp.int32(1)).compile().memory_analysis()
         assert analysis
         return analysis.temp_size_in_bytes

@@ -277,8 +277,8 @@ FAULTS = [
     Fault("silu's root not taken out", A, "e_root * expm1_series(d, 0.25), e - e_root", "e - e_root, e - e_root", last_bits),
     # Losses
     Fault("1 - p_y as a difference", E, "rest + (top_sum - v)", "rest + top_sum - v", small_components),
-    Fault("cross-entropy takes Σy for 1", L, "(p * sum_of_others(y) - y * others)", "(p - y)", rule("softmax_cross_entropy")),
-    Fault("cross-entropy has p + e_y", L, "jnp.where(is_label, -others, p)", "jnp.where(is_label, 1 + p, p)", rule("softmax_cross_entropy_with_integer_labels")),
+    Fault("cross-entropy takes Σy for 1", L, "(p * sum_of_others(y) - y * rest)", "(p - y)", rule("softmax_cross_entropy")),
+    Fault("cross-entropy has p + e_y", L, "jnp.where(is_label, -others, e)", "jnp.where(is_label, 2 * e + others, e)", rule("softmax_cross_entropy_with_integer_labels")),
     Fault("labels off by one", L, "== y.astype(dtype)[..., None]", "== (y.astype(dtype) + 1)[..., None]", rule("softmax_cross_entropy_with_integer_labels")),
     Fault("labels' adjoint has the wrong sign", L, "C_bar[..., None] * -Z", "C_bar[..., None] * Z", rule("sigmoid_binary_cross_entropy")),
     Fault("half squared error differentiated as if whole", L, "Z_bar = C_bar[..., None] * e\n", "Z_bar = C_bar[..., None] * 2 * e \n", rule("half_squared_error")),
@@ -289,7 +289,7 @@ FAULTS = [
     Fault("log p differentiated with the wrong sign", L, "C_bar[..., None] * -_ratio(y, P)", "C_bar[..., None] * _ratio(y, P)", rule("categorical_cross_entropy")),
     Fault("log(1 - p) differentiated as log p", L, "_ratio(1 - y, 1 - P)", "_ratio(1 - y, P)", rule("binary_cross_entropy")),
     # Network and cost
-    Fault("W not transposed, in a square layer", N, "Z = matmul(A, transposed(W.astype(dtype)))", "Z = matmul(A, W.astype(dtype))", cost()),
+    Fault("W not transposed, in a square layer", N, "Z = times_transposed(A, W.astype(dtype))", "Z = matmul(A, W.astype(dtype))", cost()),
     Fault("bias forgotten", N, "Z = Z + jnp.broadcast_to(b.astype(Z.dtype), Z.shape)", "Z = Z + 0 * jnp.broadcast_to(b.astype(Z.dtype), Z.shape)", cost()),
     Fault("stale cache: a^l kept instead of a^{l-1}", N, "            inputs.append(A)\n            A, residuals = activation.forward(Z.astype(own))\n", "            A, residuals = activation.forward(Z.astype(own))\n            inputs.append(A)\n", cost()),
     Fault("gradient with respect to X forgotten", N, "X_bar = scaled(", "X_bar = 0 * scaled(", cost()),

@@ -144,10 +144,10 @@ def by_step(task: Task) -> Training:
         def epoch(state, _):
             return fnn.train_epoch(cost, optimizer, state, data, task.batch_size)
 
-        return jax.lax.scan(epoch, state, None, length=epochs)[0]
+        return jax.lax.scan(epoch, state, None, length=epochs)  # with the costs, as in the other rows
 
     def run(epochs):
-        return jax.block_until_ready(train(fnn.train_state(optimizer, params, key), epochs).params)
+        return jax.block_until_ready(train(fnn.train_state(optimizer, params, key), epochs))[0].params
 
     return Training(run, list)
 
