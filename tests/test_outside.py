@@ -1,6 +1,8 @@
-"""Rules inside other people's JAX code: plain transformations, shard_map, Equinox, Flax; networks to and fro.
+"""Rules inside other people's JAX code: plain transformations, shard_map, Equinox, Flax; networks to and fro;
+batches of other people's loaders.
 
-Equinox and Flax are in the extra `others`; without them their tests are skipped (`.ci/run` has them).
+Equinox, Flax and Grain are in the extra `others`; without them their tests are skipped (`.ci/run` has them).
+TensorFlow and PyTorch, which are large, are in none that a test needs.
 """
 
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -30,7 +33,7 @@ X32, Y32 = X.astype("float32"), Y.astype("float32")
 
 
 def library(name: str) -> Any:
-    """A module of the extra `others`."""
+    """Another library's module, if it is installed."""
     pytest.importorskip(name.partition(".")[0])
     return import_module(name)
 
@@ -246,3 +249,38 @@ def test_nnx_grad_calls_our_pullbacks(standard_promotion):
         for f in (twice, lambda z: z)
     )
     np.testing.assert_allclose(doubled.linears[0].kernel[...], 2 * single.linears[0].kernel[...], rtol=1e-5)
+
+
+# Loaders of data
+
+
+def grain_batches(x, y):
+    return library("grain").MapDataset.source(list(zip(x, y, strict=True))).batch(8)
+
+
+def tf_batches(x, y):
+    return library("tensorflow").data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+
+def torch_batches(x, y):
+    data = library("torch.utils.data")
+    tensors = (library("torch").tensor(array) for array in (x, y))
+    return data.DataLoader(data.TensorDataset(*tensors), batch_size=8)
+
+
+@pytest.mark.parametrize("loader", (grain_batches, tf_batches, torch_batches))
+def test_batches_of_a_loader_train_as_the_same_arrays_do(loader, standard_promotion):
+    """To the last bit; the last batch has 4 examples."""
+    x = np.random.default_rng(0).standard_normal((36, 4)).astype("float32")
+    y = np.arange(36, dtype="int32") % 3
+    cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.softmax_cross_entropy_with_integer_labels)
+    params = fnn.init(jax.random.key(0), SIZES, dtype="float32")
+
+    def trained(batches):
+        options: dict[str, Any] = dict(steps_per_epoch=5, progress=False)
+        return fnn.fit_batches(cost, optax.adam(0.1), params, batches, **options)
+
+    loaded = trained(loader(x, y))
+    arrays = trained([(x[i : i + 8], y[i : i + 8]) for i in range(0, 36, 8)])
+    assert len(loaded.seconds) == 1 and np.isfinite(loaded.train["cost"]).all()
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, arrays.params)
