@@ -330,7 +330,7 @@ class _Reader:
 
 def _checked(number: int, batch: Any) -> _Batch:
     check_form(f"batch {number}", batch)
-    return _Batch(number, tuple(np.array(array) for array in batch))  # copies: a loader may reuse its memory
+    return _Batch(number, tuple(np.asarray(array).copy() for array in batch))  # copies: a loader may reuse its memory
 
 
 @dataclass
