@@ -330,7 +330,8 @@ class _Reader:
 
 def _checked(number: int, batch: Any) -> _Batch:
     check_form(f"batch {number}", batch)
-    return _Batch(number, tuple(np.asarray(array).copy() for array in batch))  # copies: a loader may reuse its memory
+    # Copies, as a loader may reuse its memory; not np.array, which other libraries' tensors warn of.
+    return _Batch(number, tuple(np.asarray(array).copy() for array in batch))
 
 
 @dataclass
