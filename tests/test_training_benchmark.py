@@ -88,10 +88,29 @@ def test_a_step_has_so_many_operations():
     assert expected < analysis["flops"] < 1.1 * expected
 
 
+def test_products_and_optimiser_alone_are_those_of_a_step():
+    """Shapes of outputs, gradient and errors below; Adam goes by its rate where all slopes are 1."""
+    task = make_task(4, "Adam", 1e-3)
+    parts = training.alone(task, 2)
+    assert list(parts) == [
+        (dtype, part) for dtype in ("float32", "bfloat16") for part in ("products", "Adam")
+    ]
+    sizes = list(zip(WIDTHS[1:], WIDTHS))
+    for dtype in ("float32", "bfloat16"):
+        forward, gradient, below = parts[dtype, "products"]()
+        assert [Z.shape for Z in forward] == [(4, n) for n, _ in sizes]
+        assert [W.shape for W in gradient] == sizes
+        assert [delta.shape for delta in below] == [(4, n) for _, n in sizes[1:]]
+        after, _ = parts[dtype, "Adam"]()
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(task.start), strict=True):
+            np.testing.assert_allclose(new, old - 2e-3, rtol=0, atol=1e-6)
+
+
 def test_a_missing_library_is_a_row(monkeypatch):
     rows = [ROWS[0], Row("another", "no_such_library", training.by_grad)]
     monkeypatch.setattr(training, "ROWS", rows)
     monkeypatch.setattr(training, "products", lambda side: {})
+    monkeypatch.setattr(training, "alone", lambda task, steps: {})
     lines = training.table("M", Size(WIDTHS, 12, 4, 1, 1, 1), "SGD", 1, 8, True).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["M, SGD", "fnn.fit", "another"]
     assert "not installed" in lines[2]

@@ -4,7 +4,7 @@
 
 Networks of relu with softmax cross-entropy of class numbers, trained with Adam(1e-3) and SGD(1e-2):
 
-    S    64-64-10, batch 32, 1,408 of the handwritten digits, 20 epochs in each measurement; 300 where whole
+    S    64-64-10, batch 32, 1,408 of the handwritten digits, 20 epochs in each measurement; 1,500 where whole
          runs are compiled, which takes about as long
     M    784-512-512-10, batch 128, 2,048 made-up examples, 4 epochs and 8
     L    1024-4096-4096-1024, batch 512, 4,096 made-up examples, 2 epochs: 16 steps
@@ -30,6 +30,10 @@ from these weights: it includes the optimiser's state, which at L is a few per c
 compilation. In a round every row has its turn, in another order each time. Examples per second are of the
 median of the rounds; "time / fit's" is the ratio of the medians, and in brackets the range that holds the
 middle half of the ratios within a round.
+
+"alone" are the products of one epoch's steps, as `fit` asks for them but without what is between them, and
+the optimiser's updates of as many steps, each timed in the same rounds: what of the peak is missing is lost
+within the products, in the optimiser, or in the rest.
 
 "of the peak": a step on m examples has products of 2 m n_l n_(l-1) operations for the forward pass of layer
 l, as many for its gradient and, but in the first layer, as many for the errors below it, in all
@@ -66,6 +70,7 @@ import optax
 import fnn
 from experiments import digits
 from experiments.benchmarks.timing import ratio, rounds_of, seconds
+from fnn.elementary import matmul, times_transposed, transposed
 from fnn.tables import aligned
 
 
@@ -79,7 +84,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "S": Size((64, 64, 10), 1408, 32, 20, 15, 3),
+    "S": Size((64, 64, 10), 1408, 32, 20, 75, 3),
     "M": Size((784, 512, 512, 10), 2048, 128, 4, 2, 3),
     "L": Size((1024, 4096, 4096, 1024), 4096, 512, 2, 1, 1),
 }
@@ -439,22 +444,62 @@ def products(side: int) -> dict[tuple[str, str], Callable[[], Any]]:
     return found
 
 
+def alone(task: Task, steps: int) -> dict[tuple[str, str], Callable[[], Any]]:
+    """(dtype, part) -> the products of so many steps of `fit` without the rest of them, or the optimiser."""
+    optimizer, m = of_optax(task), task.batch_size
+    start = [(jnp.asarray(W), jnp.asarray(b)) for W, b in task.start]
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+
+    @jax.jit
+    def products_of_a_step(weights, inputs, errors):
+        forward = [times_transposed(A, W) for A, W in zip(inputs, weights, strict=True)]
+        gradient = [matmul(transposed(delta), A) for A, delta in zip(inputs, errors, strict=True)]
+        return forward, gradient, [matmul(delta, W) for delta, W in zip(errors[1:], weights[1:], strict=True)]
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def all_products(arrays):
+        out = None
+        for _ in range(steps):
+            out = products_of_a_step(*arrays)
+        return jax.block_until_ready(out)
+
+    def all_updates(carry, gradient):
+        for _ in range(steps):
+            carry[:] = update(*carry, gradient)
+        return jax.block_until_ready(carry)
+
+    for dtype in ("float32", "bfloat16"):
+        weights = [W.astype(dtype) for W, _ in start]
+        normal = partial(jax.random.normal, jax.random.key(0), dtype=dtype)
+        arrays = weights, *([normal((m, W.shape[axis])) for W in weights] for axis in (1, 0))
+        found[dtype, "products"] = partial(all_products, arrays)
+        carry = [jax.tree.map(jnp.copy, start), optimizer.init(start)]  # float32 in either
+        found[dtype, task.optimizer] = partial(all_updates, carry, jax.tree.map(jnp.ones_like, start))
+    return found
+
+
 def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: bool) -> str:
     task = task_of(name, size, optimizer)
     rows = [row for row in ROWS if name in row.sizes and (row.quick or not quick)]
     there = [row for row in rows if find_spec(row.needs)]
     epochs = [size.epochs * (size.compiled if row.compiled else 1) for row in there]
     runs = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
+    steps, of_a_step = size.N // size.batch_size, operations(size.widths, size.batch_size)
     squares = products(side) if name != "S" else {}
-    for run in [*runs, *squares.values()]:
+    parts = alone(task, steps) if name != "S" else {}
+    for run in [*runs, *parts.values(), *squares.values()]:
         seconds(run)  # compiles
-    times = rounds_of([*runs, *REPEATS * list(squares.values())], rounds)
+    times = rounds_of([*runs, *parts.values(), *REPEATS * list(squares.values())], rounds)
     times[:, : len(runs)] /= epochs  # seconds for an epoch
-    best = times[:, len(runs) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
+    of_parts = np.median(times[:, len(runs) : len(runs) + len(parts)], axis=0)
+    best = times[:, len(runs) + len(parts) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
     speeds = {key: 2 * side**3 / t for key, t in zip(squares, best, strict=True)}  # operations per second
     peaks = {dtype: max(speed for (d, _), speed in speeds.items() if d == dtype) for dtype, _ in speeds}
 
-    steps, of_a_step = size.N // size.batch_size, operations(size.widths, size.batch_size)
     head = f"{name}, {optimizer}", "examples / s", "ms / step", "time / fit's", "of the peak" if peaks else ""
     cells: list[tuple[str, ...]] = [head]
     for row in rows:
@@ -470,6 +515,15 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     if peaks:
         each = ", ".join(f"{dtype} {whose} {speed / 1e9:.0f}" for (dtype, whose), speed in speeds.items())
         lines.append(f"peak, 10^9 operations per second: {each}; a step has {of_a_step / 1e9:.3g}·10^9")
+    for i, row in enumerate(there):
+        if parts and row.name.startswith("fnn.fit"):
+            whole = float(np.median(times[:, i]))
+            shares = (
+                f"{part} {t / whole:.0%}"
+                for (dtype, part), t in zip(parts, of_parts, strict=True)
+                if dtype == row.dtype
+            )
+            lines.append(f"alone, of the time of {row.name}: {', '.join(shares)}")
     return "\n".join(lines)
 
 
