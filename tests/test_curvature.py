@@ -51,16 +51,17 @@ ARCHITECTURES = {
 }
 
 
+@cache
 def draw(arch: Architecture, seed: int = 0) -> tuple:
-    """(cost, (params, X, y[, sample_weight]))"""
+    """(cost, (params, X, y[, sample_weight])), drawn once for every architecture and seed."""
     case = network_case(fnn, arch)
     return case.rule, case.draw_one(seed)
 
 
 def directions(params, seed: int = 0):
-    """Two of them, u and v, along a first axis."""
+    """Two of them, u and v, along a first axis, as NumPy arrays: to take them apart compiles nothing."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal((2, *a.shape)), a.dtype), params)
+    return jax.tree.map(lambda a: rng.standard_normal((2, *a.shape)).astype(a.dtype), params)
 
 
 def flat(tree) -> np.ndarray:
@@ -70,6 +71,10 @@ def flat(tree) -> np.ndarray:
 
 def rows(uv) -> np.ndarray:
     return np.stack([flat(jax.tree.map(lambda a: np.asarray(a)[i], uv)) for i in range(2)])
+
+
+def on_host(tree):
+    return jax.tree.map(np.asarray, tree)
 
 
 def dense_gauss_newton(cost, params, X, y, *weight) -> jax.Array:
@@ -111,6 +116,14 @@ def last(uv):
 
 
 @partial(jax.jit, static_argnums=0)
+def products(cost, uv, params, *batch) -> tuple:
+    """Without a penalty's curvature and with it: G u and G v, along a first axis; H v, and G v."""
+    G = jax.vmap(lambda v: fnn.gauss_newton_product(cost, params, v, *batch))(uv)
+    Gv = fnn.gauss_newton_product(cost, params, last(uv), *batch, penalty=True)
+    return G, fnn.hessian_product(cost, params, last(uv), *batch), Gv
+
+
+@partial(jax.jit, static_argnums=0)
 def by_autodiff(cost, v, params, *batch) -> tuple:
     """H v, and the dense Gauss–Newton matrix."""
     _, Hv = jax.jvp(jax.grad(lambda params: cost(params, *batch)), (params,), (v,))
@@ -141,7 +154,7 @@ def test_products_diagonal_and_factors_are_those_of_the_dense_matrices(name, see
     cost, (params, *batch) = draw(arch, seed)
     uv = directions(params, seed)
     v = last(uv)
-    ours = curvature(cost, uv, params, *batch)
+    ours = on_host(curvature(cost, uv, params, *batch))
     Hv, G = by_autodiff(cost, v, params, *batch)
     check_products(ours, uv, Hv, G, arch.l2)
     assert jax.tree.structure(ours.diagonal) == jax.tree.structure(params)
@@ -159,7 +172,7 @@ def check_products(ours, uv, Hv, G, l2=0.0):
     close = partial(assert_close, dtype="float64", fan_in=len(G), terms=float((abs(G) @ abs(flat(v))).max()))
     close(flat(last(ours.H)), flat(Hv), what="H v")
     close(flat(last(ours.G)), G @ flat(v), what="G v")
-    with_penalty = jax.tree.map(jnp.add, last(ours.G), of_penalty(v, l2))
+    with_penalty = jax.tree.map(np.add, last(ours.G), of_penalty(v, l2))
     close(flat(ours.Gv), flat(with_penalty), what="G v with the penalty")
     for products in (ours.H, ours.G):
         inner = rows(uv) @ rows(products).T  # ⟨u, M v⟩ above the diagonal, ⟨v, M u⟩ below
@@ -189,12 +202,15 @@ def check_factors(arch, params, l, factors, G):
 
 def test_hessian_columns_are_jax_hessians():
     cost, (params, X, y) = draw(Architecture(l2=0.1))
+    columns, dense = by_columns_and_by_autodiff(cost, params, X, y)
+    assert_close(columns, dense, "float64", what="H", fan_in=16)
+
+
+@partial(jax.jit, static_argnums=0)
+def by_columns_and_by_autodiff(cost, params, *batch) -> tuple:
     theta, unravel = ravel_pytree(params)
-    dense = jax.jit(jax.hessian(lambda theta: cost(unravel(theta), X, y)))(theta)
-    columns = jax.jit(
-        jax.vmap(lambda v: ravel_pytree(fnn.hessian_product(cost, params, unravel(v), X, y))[0])
-    )
-    assert_close(columns(jnp.eye(theta.size)), dense, "float64", what="H", fan_in=16)
+    column = jax.vmap(lambda v: ravel_pytree(fnn.hessian_product(cost, params, unravel(v), *batch))[0])
+    return column(jnp.eye(theta.size)), jax.hessian(lambda theta: cost(unravel(theta), *batch))(theta)
 
 
 # The R-operator, written out.
@@ -250,7 +266,7 @@ def by_us_and_by_autodiff(cost, v, params, *batch) -> tuple:
 def test_hessian_product_is_the_r_operator(seed):
     cost, (params, X, y) = draw(Architecture(hidden=("tanh", "sigmoid"), l2=0.1), seed)
     v = last(directions(params, seed))
-    as_numpy = [jax.tree.map(np.asarray, a) for a in (params, v, X, y)]
+    as_numpy = on_host([params, v, X, y])
     by_hand = r_operator((tanh_slopes, sigmoid_slopes), *as_numpy, l2=0.1)
     by_hand = np.concatenate([np.ravel(a) for layer in by_hand for a in layer])
     for Hv in by_us_and_by_autodiff(cost, v, params, X, y):
@@ -289,12 +305,12 @@ def own(loss):
 def test_loss_hessian_and_its_root_are_autodiffs(name, seed):
     rng = np.random.default_rng(seed)
     Z, y = LOSSES[name].draw(rng, (4, 3), "float64")
-    V = jnp.asarray(rng.standard_normal(Z.shape))
-    product, by_jvp, S, dense = loss_evaluator(name)(Z, y, V)
-    assert_close(product, jnp.einsum("inkl,inl->ink", dense, V), "float64", what="H v")
+    V = rng.standard_normal(Z.shape)
+    product, by_jvp, S, dense = on_host(loss_evaluator(name)(Z, y, V))
+    assert_close(product, np.einsum("inkl,inl->ink", dense, V), "float64", what="H v")
     assert_close(by_jvp, product, "float64", what="H v by the jvp of the pullback")
     assert S.shape == (INSTANCES, 4, 3, 3)
-    assert_close(jnp.einsum("inkc,inlc->inkl", S, S), dense, "float64", what="S Sᵀ")
+    assert_close(np.einsum("inkc,inlc->inkl", S, S), dense, "float64", what="S Sᵀ")
 
 
 @pytest.mark.parametrize(
@@ -306,32 +322,38 @@ def test_softmax_hessian_keeps_its_digits_where_one_class_has_it_all(z):
     others = [math.fsum(e[:k] + e[k + 1 :]) / math.fsum(e) for k in range(3)]
     want = [[p[k] * others[k] if k == j else -p[k] * p[j] for j in range(3)] for k in range(3)]
     for loss, y in (
-        (fnn.softmax_cross_entropy, jnp.array([0.5, 0.25, 0.25])),
-        (fnn.softmax_cross_entropy_with_integer_labels, jnp.array(1)),
+        (fnn.softmax_cross_entropy, np.array([0.5, 0.25, 0.25])),
+        (fnn.softmax_cross_entropy_with_integer_labels, np.array(1)),
     ):
-        S = fnn.loss_hessian_root(loss, jnp.array(z), y)
+        S, rows = on_host(root_and_rows(loss, np.array(z), y))
         np.testing.assert_allclose(S @ S.T, want, rtol=1e-13)
-        rows = jax.vmap(lambda e, loss=loss, y=y: fnn.loss_hessian_product(loss, jnp.array(z), y, e))(
-            jnp.eye(3)
-        )
         np.testing.assert_allclose(rows, want, rtol=1e-13)
+
+
+@partial(jax.jit, static_argnums=0)
+def root_and_rows(loss, z, y) -> tuple:
+    """The loss's Hessian at one z: its root, and its products with the unit vectors."""
+    rows = jax.vmap(lambda e: fnn.loss_hessian_product(loss, z, y, e))(jnp.eye(z.size))
+    return fnn.loss_hessian_root(loss, z, y), rows
 
 
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"])
 def test_hessian_product_is_right_at_equal_logits(loss):
     """As a last layer that starts from zero gives them: no way of finding the largest may leave a trace."""
     cost, (params, X, y) = draw(Architecture(widths=(4, 3), hidden=(), loss=loss))
-    params, v = jax.tree.map(jnp.zeros_like, params), last(directions(params))
-    products = (partial(product, cost) for product in (fnn.hessian_product, fnn.gauss_newton_product))
-    Hv, Gv = (flat(jax.jit(product)(params, v, X, y)) for product in products)
-    np.testing.assert_allclose(Hv, Gv, rtol=1e-13)
+    params, v = jax.tree.map(np.zeros_like, on_host(params)), last(directions(params))
+    _, Hv, Gv = products(cost, jax.tree.map(lambda a: a[None], v), params, X, y)
+    np.testing.assert_allclose(flat(Hv), flat(Gv), rtol=1e-13)
 
 
 def test_sigmoid_hessian_keeps_its_digits():
-    z, y = jnp.array([40.0, -40.0, 0.0, -700.0]), jnp.ones(4)
-    S = fnn.loss_hessian_root(fnn.sigmoid_binary_cross_entropy, z, y)
+    S = np.asarray(root(fnn.sigmoid_binary_cross_entropy, np.array([40.0, -40.0, 0.0, -700.0]), np.ones(4)))
     want = [math.exp(-40) / (1 + math.exp(-40)) ** 2] * 2 + [0.25, math.exp(-700)]
-    np.testing.assert_allclose(jnp.diag(S @ S.T), want, rtol=1e-14)
+    np.testing.assert_allclose(np.diag(S @ S.T), want, rtol=1e-14)
+
+
+root = jax.jit(fnn.loss_hessian_root, static_argnums=0)
+product = jax.jit(fnn.loss_hessian_product, static_argnums=0)
 
 
 def test_losses_on_probabilities_have_no_curvature_where_a_label_has_no_share():
@@ -344,13 +366,14 @@ def test_losses_on_probabilities_have_no_curvature_where_a_label_has_no_share():
 
 
 def test_huber_bends_within_its_knees_and_absolute_errors_nowhere():
-    e, ones = jnp.array([[0.0, -0.4, 0.5, 3.0]]), jnp.ones((1, 4))
+    e, ones = np.array([[0.0, -0.4, 0.5, 3.0]]), np.ones((1, 4))
     for loss, want in (
         (fnn.huber_loss(0.5), [[0.25, 0.25, 0, 0]]),
         (fnn.mean_absolute_error, [[0, 0, 0, 0]]),
     ):
-        np.testing.assert_array_equal(fnn.loss_hessian_product(loss, e, 0 * e, ones), want)
-        np.testing.assert_array_equal(fnn.loss_hessian_root(loss, e, 0 * e)[0].diagonal(), np.sqrt(want[0]))
+        np.testing.assert_array_equal(product(loss, e, 0 * e, ones), want)
+        diagonal = np.asarray(root(loss, e, 0 * e))[0].diagonal()
+        np.testing.assert_array_equal(diagonal, np.sqrt(want[0]))
 
 
 waves = fnn.Rule(  # curved both ways, each output by the next
@@ -368,9 +391,11 @@ waves = fnn.Rule(  # curved both ways, each output by the next
 
 def test_loss_of_ones_own_has_products_of_either_sign_and_no_root():
     rng = np.random.default_rng(0)
-    Z, V = (jnp.asarray(rng.standard_normal((5, 3))) for _ in range(2))
-    want = jnp.einsum("nkl,nl->nk", jax.vmap(jax.hessian(waves))(Z, Z), V)
-    assert_close(fnn.loss_hessian_product(waves, Z, Z, V), want, "float64", what="H v")
+    Z, V = (jnp.asarray(rng.standard_normal((5, 3)), "float64") for _ in range(2))
+    dense, got = jax.jit(
+        lambda Z, V: (jax.vmap(jax.hessian(waves))(Z, Z), fnn.loss_hessian_product(waves, Z, Z, V))
+    )(Z, V)
+    assert_close(got, np.einsum("nkl,nl->nk", dense, V), "float64", what="H v")
     cost = fnn.cost(fnn.mlp(fnn.tanh), waves)
     params = draw(Architecture(widths=(3, 4, 3)))[1][0]
     v = last(directions(params))
@@ -381,7 +406,7 @@ def test_loss_of_ones_own_has_products_of_either_sign_and_no_root():
         with pytest.raises(
             TypeError, match="loss_hessian_root: needs a loss of fnn.*negative curvature there is none"
         ):
-            call(cost, params, Z, Z)
+            jax.eval_shape(partial(call, cost), params, Z, Z)
 
 
 # Networks.
@@ -397,7 +422,7 @@ def test_gauss_newton_is_right_for_an_activation_whose_jacobian_is_not_symmetric
     _, (params, X, y) = draw(Architecture())
     cost = fnn.cost(fnn.mlp(running_sums), fnn.half_squared_error)
     uv = directions(params)
-    ours = curvature(cost, uv, params, X, y)
+    ours = on_host(curvature(cost, uv, params, X, y))
     Hv, G = by_autodiff(cost, last(uv), params, X, y)
     check_products(ours, uv, Hv, G)
     assert_close(flat(ours.diagonal), np.diag(G), "float64", what="diagonal", fan_in=16)
@@ -407,51 +432,58 @@ def test_gauss_newton_is_symmetric_for_a_pullback_that_is_not_the_derivative():
     _, (params, X, y) = draw(Architecture())
     cost = fnn.cost(fnn.mlp([straight_through, fnn.tanh]), fnn.half_squared_error)
     uv = directions(params)
-    ours = curvature(cost, uv, params, X, y)
-    (_, uGv), (vGu, vGv) = rows(uv) @ rows(ours.G).T
+    G, _, Gv = on_host(products(cost, uv, params, X, y))
+    (_, uGv), (vGu, vGv) = rows(uv) @ rows(G).T
     np.testing.assert_allclose(uGv, vGu, rtol=1e-12)
-    assert vGv > 0 and jnp.abs(ours.Gv[0].W).min() > 0
+    assert vGv > 0 and abs(Gv[0].W).min() > 0
 
 
 @pytest.mark.parametrize("loss", ["softmax_cross_entropy", "huber_loss(1.0)"])
 def test_gauss_newton_is_the_hessian_where_the_network_is_linear(loss):
     arch = Architecture(widths=(4, 3), hidden=(), loss=loss, weighted=True, l2=0.1)
     cost, (params, *batch) = draw(arch)
-    ours = curvature(cost, directions(params), params, *batch)
-    assert_close(flat(ours.Gv), flat(last(ours.H)), "float64", what="G v", fan_in=16)
+    _, Hv, Gv = products(cost, directions(params), params, *batch)
+    assert_close(flat(Gv), flat(Hv), "float64", what="G v", fan_in=16)
 
 
 def test_diagonals_of_gauss_newton_and_hessian_agree_where_the_network_is_piecewise_linear():
     cost, (params, X, y) = draw(Architecture(hidden=("relu", "identity"), loss="softmax_cross_entropy"))
-    theta, unravel = ravel_pytree(params)
-    dense = jax.jit(jax.hessian(lambda theta: cost(unravel(theta), X, y)))(theta)
-    uv = directions(params)
-    assert abs(dense - by_autodiff(cost, last(uv), params, X, y)[1]).max() > 0.01
-    ours = curvature(cost, uv, params, X, y)
-    assert_close(flat(ours.diagonal), np.diag(dense), "float64", what="diagonal", fan_in=16)
+
+    @jax.jit
+    def run(params):
+        theta, unravel = ravel_pytree(params)
+        hessian = jax.hessian(lambda theta: cost(unravel(theta), X, y))(theta)
+        G = dense_gauss_newton(cost, params, X, y)
+        return fnn.gauss_newton_diagonal(cost, params, X, y), hessian, G
+
+    diagonal, dense, G = on_host(run(params))
+    assert abs(dense - G).max() > 0.01
+    assert_close(flat(diagonal), np.diag(dense), "float64", what="diagonal", fan_in=16)
 
 
 @pytest.mark.parametrize("loss", CONSTANT_HESSIAN)
 def test_kronecker_factors_of_a_single_layer_under_a_squared_error_are_exact(loss):
     cost, (params, X, y, w) = draw(Architecture(widths=(4, 3), hidden=(), loss=loss, weighted=True))
-    ((A, G),) = jax.jit(partial(fnn.kronecker_factors, cost))(params, X, y, w)
+    ((A, G),), dense = jax.jit(
+        lambda *args: (fnn.kronecker_factors(cost, *args), dense_gauss_newton(cost, *args))
+    )(params, X, y, w)
     block = block_of_layer(params, 0).ravel()
-    dense = np.asarray(dense_gauss_newton(cost, params, X, y, w))[np.ix_(block, block)]
-    assert_close(jnp.kron(G, A), dense, "float64", what="G ⊗ A", fan_in=16)
+    dense = np.asarray(dense)[np.ix_(block, block)]
+    assert_close(np.kron(G, A), dense, "float64", what="G ⊗ A", fan_in=16)
 
 
 def test_kronecker_inverse_is_applied_from_both_sides():
     cost, (params, X, y) = draw(Architecture(widths=(4, 3), hidden=(), N=7))
-    ((A, G),) = jax.jit(partial(fnn.kronecker_factors, cost))(params, X, y)
-    gradient = jnp.arange(15.0).reshape(3, 5)
-    whole = jnp.linalg.solve(jnp.kron(G, A), gradient.ravel()).reshape(3, 5)
-    np.testing.assert_allclose(jnp.linalg.solve(G, gradient) @ jnp.linalg.inv(A), whole, rtol=1e-9)
+    ((A, G),) = on_host(jax.jit(partial(fnn.kronecker_factors, cost))(params, X, y))
+    gradient = np.arange(15.0).reshape(3, 5)
+    whole = np.linalg.solve(np.kron(G, A), gradient.ravel()).reshape(3, 5)
+    np.testing.assert_allclose(np.linalg.solve(G, gradient) @ np.linalg.inv(A), whole, rtol=1e-9)
 
 
 def test_sample_weights_of_zero_leave_nothing():
     arch = Architecture(weighted=True, reduction="weighted_mean", loss="softmax_cross_entropy")
     cost, (params, X, y, w) = draw(arch)
-    for leaf in jax.tree.leaves(curvature(cost, directions(params), params, X, y, 0 * w)):
+    for leaf in jax.tree.leaves(curvature(cost, directions(params), params, X, y, 0 * np.asarray(w))):
         np.testing.assert_array_equal(leaf, 0)
 
 
@@ -470,31 +502,44 @@ def check_mean(draws, want):
 @pytest.mark.parametrize("name", LOSSES)
 def test_drawn_loss_gradients_have_mean_zero_and_the_hessian_for_covariance(name):
     loss = LOSSES[name].rule
-    Z, y = (a[0, :2] for a in LOSSES[name].draw(np.random.default_rng(1), (4, 3), "float64"))
-    keys = jax.random.split(jax.random.key(0), KEYS)
-    g = jax.jit(jax.vmap(lambda key: draw_loss_gradient(key, loss, Z, y)))(keys)
-    g, S = np.asarray(g), np.asarray(fnn.loss_hessian_root(loss, Z, y))
+    Z, y = (np.asarray(a)[0, :2] for a in LOSSES[name].draw(np.random.default_rng(1), (4, 3), "float64"))
+
+    @jax.jit
+    def run(key, Z, y):
+        draws = jax.vmap(lambda key: draw_loss_gradient(key, loss, Z, y))(jax.random.split(key, KEYS))
+        return draws, fnn.loss_hessian_root(loss, Z, y)
+
+    g, S = on_host(run(jax.random.key(0), Z, y))
     check_mean(g, 0)
     check_mean(g[..., :, None] * g[..., None, :], S @ S.swapaxes(1, 2))
 
 
 def test_drawn_gradients_on_logits_are_those_of_drawn_labels():
-    Z, key = jnp.array([[1.0, 0.0, -1.0]] * 50), jax.random.key(3)
-    y = jnp.zeros(50, int)
-    g = draw_loss_gradient(key, fnn.softmax_cross_entropy_with_integer_labels, Z, y)
-    labels = jnp.argmin(g, axis=-1)
+    loss = fnn.softmax_cross_entropy_with_integer_labels
+
+    @jax.jit
+    def run(key, Z, y):
+        g = draw_loss_gradient(key, loss, Z, y)
+        labels = jnp.argmin(g, axis=-1)
+        losses, residuals = loss.forward(Z, labels)
+        return g, labels, loss.pullback(residuals, jnp.ones_like(losses))[0]
+
+    g, labels, expected = run(jax.random.key(3), np.array([[1.0, 0.0, -1.0]] * 50), np.zeros(50, int))
     assert set(labels.tolist()) == {0, 1, 2}
-    losses, residuals = fnn.softmax_cross_entropy_with_integer_labels.forward(Z, labels)
-    expected, _ = fnn.softmax_cross_entropy_with_integer_labels.pullback(residuals, jnp.ones_like(losses))
     np.testing.assert_allclose(g, expected, rtol=1e-14)
 
 
 def test_drawn_kronecker_factors_are_the_exact_ones_on_average():
     arch = Architecture(widths=(3, 4, 2), hidden=("tanh",), loss="softmax_cross_entropy", weighted=True)
     cost, (params, *batch) = draw(arch)
-    exact = fnn.kronecker_factors(cost, params, *batch)
-    keys = jax.random.split(jax.random.key(0), KEYS)
-    drawn = jax.jit(jax.vmap(lambda key: fnn.kronecker_factors(cost, params, *batch, key=key)))(keys)
+
+    @jax.jit
+    def run(key, *args):
+        keys = jax.random.split(key, KEYS)
+        drawn = jax.vmap(lambda key: fnn.kronecker_factors(cost, *args, key=key))(keys)
+        return fnn.kronecker_factors(cost, *args), drawn
+
+    exact, drawn = on_host(run(jax.random.key(0), params, *batch))
     for (A, G), (As, Gs) in zip(exact, drawn, strict=True):
         np.testing.assert_allclose(As[0], A, rtol=1e-13)
         check_mean(Gs, G)
@@ -508,6 +553,7 @@ SHALLOW = Architecture(widths=(3, 5, 2), hidden=("softmax",), loss="sigmoid_bina
 def test_one_example_is_a_batch_of_one():
     cost, (params, X, y) = draw(SHALLOW)
     uv = directions(params)
+    X, y = np.asarray(X), np.asarray(y)
     one, rows = (curvature(cost, uv, params, *batch) for batch in ((X[0], y[0]), (X[:1], y[:1])))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(rows), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
@@ -515,7 +561,7 @@ def test_one_example_is_a_batch_of_one():
 
 def test_vmap_over_networks_changes_nothing():
     cost, (params, X, y) = draw(SHALLOW)
-    uv, networks = directions(params), (params, jax.tree.map(lambda a: 2 * a, params))
+    uv, networks = directions(params), (params, jax.tree.map(lambda a: 2 * a, on_host(params)))
     each = stack(*(curvature(cost, uv, params, X, y) for params in networks))
     together = jax.vmap(partial(curvature, cost), (None, 0, None, None))(uv, stack(*networks), X, y)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(each), strict=True):
@@ -523,23 +569,24 @@ def test_vmap_over_networks_changes_nothing():
 
 
 def stack(*trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_narrow_dtypes_are_kept_and_near_float64(dtype):
     cost, (params, *batch) = draw(SHALLOW)
-    narrow = jax.tree.map(lambda a: a.astype(dtype), (last(directions(params)), params, *batch))
+    given = on_host((last(directions(params)), params, *batch))
+    narrow = jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), given)
     wide = jax.tree.map(lambda a: a.astype("float64"), narrow)
-
-    @jax.jit
-    def run(v, params, *batch):
-        return fnn.hessian_product(cost, params, v, *batch), of_gauss_newton(cost, v, params, *batch)
-
-    got, want = run(*narrow), run(*wide)
+    got, want = with_hessian(cost, *narrow), with_hessian(cost, *wide)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == jnp.dtype(dtype)
         assert_close(a, b, dtype, what=dtype, fan_in=9, terms=1.0)  # inputs, and what cancels, are about 1
+
+
+@partial(jax.jit, static_argnums=0)
+def with_hessian(cost, v, params, *batch) -> tuple:
+    return fnn.hessian_product(cost, params, v, *batch), of_gauss_newton(cost, v, params, *batch)
 
 
 def of_gauss_newton(cost, v, params, *batch) -> tuple:
@@ -572,14 +619,14 @@ def test_gauss_newton_uses_no_autodiff(monkeypatch):
     for name in ("grad", "value_and_grad", "vjp", "jvp", "linearize", "jacfwd", "jacrev", "hessian"):
         monkeypatch.setattr(jax, name, refuse)
     with pytest.raises(AssertionError, match="autodiff"):
-        fnn.hessian_product(cost, params, v, *batch)
+        jax.eval_shape(partial(fnn.hessian_product, cost), params, v, *batch)
 
     @jax.jit
-    def run(params, *batch):
+    def run(v, params, *batch):
         drawn = fnn.kronecker_factors(cost, params, *batch, key=jax.random.key(0))
         return of_gauss_newton(cost, v, params, *batch), drawn
 
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(run(params, *batch)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(v, params, *batch)))
 
 
 def test_diagonal_needs_a_four_hundredth_of_the_memory_of_jacobians():
@@ -597,10 +644,15 @@ def test_diagonal_needs_a_four_hundredth_of_the_memory_of_jacobians():
 
 def test_five_damped_newton_steps_beat_fifty_gradient_steps_of_any_size():
     """(G + μ) step = ∂C/∂θ by conjugate gradients, on inputs of three scales."""
-    X = jax.random.normal(jax.random.key(1), (32, 3)) * jnp.array([[1.0, 10.0, 0.1]])
     cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.half_squared_error)
-    y = fnn.mlp(fnn.tanh)(fnn.init(jax.random.key(2), (3, 4, 2)), X)
-    start = fnn.init(jax.random.key(0), (3, 8, 2))
+
+    @jax.jit
+    def problem():
+        X = jax.random.normal(jax.random.key(1), (32, 3)) * jnp.array([[1.0, 10.0, 0.1]])
+        y = fnn.mlp(fnn.tanh)(fnn.init(jax.random.key(2), (3, 4, 2)), X)
+        return X, y, fnn.init(jax.random.key(0), (3, 8, 2))
+
+    X, y, start = problem()
 
     def newton(params, _):
         C, gradient = fnn.value_and_grad(cost)(params, X, y)
@@ -619,10 +671,14 @@ def test_five_damped_newton_steps_beat_fifty_gradient_steps_of_any_size():
 
         return cost(jax.lax.scan(step, start, length=50)[0], X, y)
 
-    end, costs = jax.jit(lambda start: jax.lax.scan(newton, start, length=5))(start)
-    costs = jnp.append(costs, cost(end, X, y))
-    assert (jnp.diff(costs) < 0).all() and costs[-1] < costs[0] / 100
-    assert costs[-1] < jax.jit(jax.vmap(descend))(2.0 ** jnp.arange(-8.0, 3.0)).min() / 2
+    @jax.jit
+    def run(start, sizes):
+        end, costs = jax.lax.scan(newton, start, length=5)
+        return jnp.append(costs, cost(end, X, y)), jax.vmap(descend)(sizes)
+
+    costs, descended = on_host(run(start, 2.0 ** np.arange(-8.0, 3.0)))
+    assert (np.diff(costs) < 0).all() and costs[-1] < costs[0] / 100
+    assert costs[-1] < descended.min() / 2
 
 
 # Bad input.

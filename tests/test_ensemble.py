@@ -1,7 +1,7 @@
 """Each member is as if alone: in order, steps, numbers and divergence; compiled once, in little memory."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import jax
@@ -27,13 +27,19 @@ RUN: dict[str, Any] = dict(epochs=3, batch_size=8, progress=False)
 KEY = jax.random.key(0)
 
 
+@cache
 def problem(members=M, dtype="float64", **options):
-    """Parameters (members, ...), data, and a key for each member."""
-    X = jax.random.normal(jax.random.key(0), (N, 3), dtype)
-    y = (X[:, 0] * X[:, 1] > 0).astype(jnp.int32)
-    init = partial(fnn.init, sizes=(3, 8, 6, 2), weights=fnn.he_normal, dtype=dtype, **options)
-    params = jax.vmap(init)(jax.random.split(jax.random.key(1), members))
-    return params, (X, y), jax.random.split(jax.random.key(2), members)
+    """Parameters (members, ...), data, and a key for each member; made by one program, once."""
+
+    @jax.jit
+    def make():
+        X = jax.random.normal(jax.random.key(0), (N, 3), dtype)
+        y = (X[:, 0] * X[:, 1] > 0).astype(jnp.int32)
+        init = partial(fnn.init, sizes=(3, 8, 2), weights=fnn.he_normal, dtype=dtype, **options)
+        params = jax.vmap(init)(jax.random.split(jax.random.key(1), members))
+        return params, (X, y), jax.random.split(jax.random.key(2), members)
+
+    return make()
 
 
 def fit(cost=COST, optimizer=ADAM, given=None, **options):
@@ -43,12 +49,13 @@ def fit(cost=COST, optimizer=ADAM, given=None, **options):
 
 
 def member(tree, i):
-    return jax.tree.map(lambda a: a[i], tree)
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[i], a.dtype), tree)
 
 
 def assert_equal(a, b, **tolerance):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert jnp.shape(x) == jnp.shape(y)
         if tolerance:
             np.testing.assert_allclose(x, y, **tolerance)
         else:
@@ -65,7 +72,9 @@ def assert_member_is_alone(history, i, alone, rtol=1e-9):
 
 def test_member_is_the_network_fitted_alone_with_its_key_and_hyperparameters():
     params, (X, y), keys = problem()
-    data, held_out = (X[:29], y[:29], jnp.linspace(0.5, 2, 29)), (X[29:], y[29:])
+    rows = (jnp.asarray(np.asarray(a)[part], a.dtype) for part in (np.s_[:29], np.s_[29:]) for a in (X, y))
+    X, y, *held_out = rows
+    data, held_out = (X, y, jnp.asarray(np.linspace(0.5, 2, 29), "float64")), tuple(held_out)
     b1 = np.linspace(0.5, 0.9, M)
     run: dict[str, Any] = RUN | dict(validation=held_out, metrics=METRICS)
     numbers = {"learning_rate": RATES, "b1": b1}
@@ -124,16 +133,21 @@ def test_one_that_diverges_leaves_the_others_as_they_were():
     for name in ("cost", "accuracy"):
         np.testing.assert_array_equal(wild.train[name][others], calm.train[name][others])
         assert np.isnan(wild.train[name][1]).all()
-    assert all(jnp.isnan(leaf[1]).all() for leaf in jax.tree.leaves(wild.params))
+    assert all(np.isnan(leaf[1]).all() for leaf in jax.tree.leaves(jax.device_get(wild.params)))
 
 
 def test_epoch_of_divergence_is_that_in_which_fit_raises():
     """A linear network grows by a factor a step: the larger the rate, the sooner it overflows."""
-    X = jax.random.normal(jax.random.key(0), (N, 3))
-    y = X @ jnp.array([[1.0], [-2.0], [0.5]])
     cost, rates = fnn.cost(fnn.mlp([]), fnn.squared_error), np.array([1e4, 0.01, 1e12, 1e40])
-    keys = jax.random.split(jax.random.key(3), 4)
-    params = jax.vmap(lambda key: fnn.init(key, (3, 1)))(keys)
+
+    @jax.jit
+    def make():
+        X = jax.random.normal(jax.random.key(0), (N, 3))
+        keys = jax.random.split(jax.random.key(3), 4)
+        params = jax.vmap(lambda key: fnn.init(key, (3, 1)))(keys)
+        return X, X @ jnp.array([[1.0], [-2.0], [0.5]]), keys, params
+
+    X, y, keys, params = make()
     run: dict[str, Any] = RUN | dict(epochs=12, validation=(X, y))
     with pytest.warns(RuntimeWarning, match="3 of 4 members diverged, the first of them member 3"):
         history = fnn.fit_ensemble(
@@ -157,16 +171,17 @@ def test_params_keys_and_hyperparameters_given_stay_usable():
     history = fit(given=given, hyperparameters={"learning_rate": rates})
     assert_equal(jax.tree.map(np.asarray, params), before)
     jax.random.split(keys[0])
-    assert (history.params[0].W != params[0].W).any()
+    assert (np.asarray(history.params[0].W) != np.asarray(params[0].W)).any()
     np.testing.assert_array_equal(rates, RATES)
 
 
 def test_equal_keys_mean_equal_orders_and_keys_of_either_style_are_welcome():
     params, data, keys = problem()
-    twins = jax.tree.map(lambda a: jnp.stack([a[0]] * M), params)
+    twins = jax.tree.map(lambda a: jnp.asarray(np.stack([np.asarray(a)[0]] * M), a.dtype), params)
     same = fit(given=(twins, data, keys), keys=jnp.stack([keys[0], keys[1]] * 2 + [keys[0]]))
     assert_equal(member(same.params, 0), member(same.params, 2))
-    assert (same.params[0].W[0] != same.params[0].W[1]).any()
+    W = np.asarray(same.params[0].W)
+    assert (W[0] != W[1]).any()
     raw = fit(keys=jax.vmap(jax.random.key_data)(keys))
     assert_equal(raw.params, fit().params)
 
@@ -223,7 +238,8 @@ def test_run_compiles_once_whatever_its_length_and_a_second_equal_one_nothing():
 def test_state_is_reused_and_beside_it_stands_one_chunk():
     """256 members, 4 at once: in the memory of the program neither a second state nor data of each member."""
     params, data, keys = problem(256, "float32")
-    state = jax.vmap(partial(fnn.train_state, SGD))(params, jax.vmap(jax.random.key_data)(keys))
+    start = jax.jit(jax.vmap(lambda params, key: fnn.train_state(SGD, params, jax.random.key_data(key))))
+    state = start(params, keys)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     compiled = ensemble._compiled_epoch(COST, SGD, (), 8, 4, None).lower(state, data, None).compile()
     memory: Any = compiled.memory_analysis()
@@ -251,12 +267,12 @@ def test_all_may_diverge(capsys):
 @pytest.mark.parametrize("members_at_once", (None, 1, 3))
 def test_prediction_is_the_mean_and_the_deviation_of_the_members(members_at_once):
     params, (X, _), _ = problem()
-    alone = np.stack([NET(member(params, i), X) for i in range(M)])
+    alone = np.asarray(jax.jit(jax.vmap(NET, (0, None)))(params, X))
     mean, spread = fnn.ensemble_prediction(NET, params, X, members_at_once=members_at_once)
     np.testing.assert_allclose(mean, alone.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(spread, alone.std(axis=0), rtol=1e-9)
     for_one = jax.jit(partial(fnn.ensemble_prediction, NET, members_at_once=members_at_once))(params, X[0])
-    np.testing.assert_allclose(jnp.stack(for_one), jnp.stack([mean[0], spread[0]]), rtol=1e-9)
+    np.testing.assert_allclose(for_one, [np.asarray(mean)[0], np.asarray(spread)[0]], rtol=1e-9)
 
 
 def test_prediction_of_one_member_is_its_own_without_spread():
@@ -266,7 +282,7 @@ def test_prediction_of_one_member_is_its_own_without_spread():
     np.testing.assert_array_equal(spread, 0)
 
 
-ONE = fnn.init(KEY, (3, 8, 6, 2))
+ONE = jax.jit(lambda: fnn.init(KEY, (3, 8, 2)))()
 SCHEDULED = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.cosine_decay_schedule(0.1, 9))
 INTEGER = optax.inject_hyperparams(optax.sgd)(learning_rate=cast(Any, 1))
 
@@ -283,7 +299,7 @@ BAD = {
     "a key too few": (dict(keys=problem()[2][:4]), ValueError,
         r"needs 4 members, as many as keys.*\(5, 8, 3\)"),
     "an array without members": (dict(given=((*problem()[0], jnp.float64(1)), *problem()[1:])), ValueError,
-        r"params\[3\] needs 5 members.*got shape \(\)"),
+        r"params\[2\] needs 5 members.*got shape \(\)"),
     "one key": (dict(keys=KEY), TypeError,
         r"keys needs to be M PRNG keys.*got key<fry> \(\); split one with jax\.random\.split"),
     "one raw key": (dict(keys=jax.random.PRNGKey(0)), TypeError, r"M PRNG keys.*got uint32 \(2,\); split"),
@@ -356,7 +372,7 @@ def test_prediction_of_bad_input_is_told_so():
     params, (X, _), _ = problem()
     with pytest.raises(TypeError, match="ensemble_prediction: the network needs to be a rule"):
         fnn.ensemble_prediction(cast(Any, jax.nn.relu), params, X)
-    with pytest.raises(ValueError, match=r"ensemble_prediction: params\[1\]\.W needs all members.*\(6, 8\)"):
+    with pytest.raises(ValueError, match=r"ensemble_prediction: params\[1\]\.W needs all members.*\(2, 8\)"):
         fnn.ensemble_prediction(NET, (params[0], *ONE[1:]), X)
     with pytest.raises(ValueError, match="members_at_once needs to be a positive integer, got -1"):
         fnn.ensemble_prediction(NET, params, X, members_at_once=-1)

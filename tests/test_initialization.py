@@ -18,8 +18,10 @@ NAMES = list(STARTS)
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """One quick run by command: its result, what it prints, and its figure."""
-    return quick_run(initialization, tmp_path_factory.mktemp("quick"))
+    """One quick run by command: its result, what it prints, and its figure. Half the batch learns as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initialization, "BATCH_SIZE", 32)
+        return quick_run(initialization, tmp_path_factory.mktemp("quick"))
 
 
 def fluctuation(activation, q, backward):

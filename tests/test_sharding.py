@@ -43,13 +43,17 @@ def grid(*shape, names=("data", "model"), kind=AxisType.Auto):
     return Mesh(devices, names, axis_types=(kind,) * len(shape))
 
 
+@cache
 def network(sizes=SIZES, dtype="float64", **options):
-    return fnn.init(jax.random.key(1), sizes, weights=fnn.he_normal, dtype=dtype, **options)
+    return jax.jit(partial(fnn.init, sizes=sizes, weights=fnn.he_normal, dtype=dtype, **options))(
+        jax.random.key(1)
+    )
 
 
+@cache
 def examples(N=N, sizes=SIZES, dtype="float64"):
-    X = jax.random.normal(jax.random.key(0), (N, sizes[0]), dtype)
-    return X, jnp.arange(N) % sizes[-1]
+    X = np.random.default_rng(0).standard_normal((N, sizes[0]))
+    return jnp.asarray(X, dtype), jnp.asarray(np.arange(N) % sizes[-1], "int64")
 
 
 SPECS: Any = fnn.Layer  # of PartitionSpecs in place of arrays
@@ -87,8 +91,8 @@ def full_run(layout=None):
     batch of a single example."""
     X, y = examples()
     return fit(
-        data=(X, y, jnp.linspace(0.5, 2, N)),
-        validation=(X[:13] + 1, y[:13]),
+        data=(X, y, jnp.asarray(np.linspace(0.5, 2, N), "float64")),
+        validation=(jnp.asarray(np.asarray(X)[:13] + 1, "float64"), jnp.asarray(np.asarray(y)[:13], "int64")),
         metrics={"accuracy": fnn.accuracy(NET)},
         record={"norm": mean_norm},
         early_stopping=fnn.EarlyStopping(patience=5),
@@ -179,13 +183,17 @@ def bilinear_pullback(residuals, C_bar):
     return {"U": X.T @ (delta @ params["scale"]), "scale": delta.T @ A}, None, None
 
 
+BILINEAR = fnn.Rule(bilinear_forward, bilinear_pullback)
+
+
 @pytest.mark.parametrize("layout", (fnn.data_parallel(), fnn.fully_sharded()), ids=("data", "fully"))
 def test_parameters_of_ones_own_rule(layout):
     """A dict; fully sharded, `U` is split by its rows, and `scale`, of which no axis divides, is whole."""
-    cost, X = fnn.Rule(bilinear_forward, bilinear_pullback), jnp.sin(jnp.arange(48.0)).reshape(3, 16).T
-    X = jnp.concatenate([X] * 8, axis=1)[:, :16]
-    params = {"scale": jnp.ones((3, 5)), "U": jnp.cos(jnp.arange(80.0)).reshape(16, 5)}
-    options: dict[str, Any] = dict(cost=cost, params=params, data=(X, X[:, :3]), batch_size=6)
+    cost, columns = BILINEAR, np.sin(np.arange(48.0)).reshape(3, 16).T
+    X, y = (jnp.asarray(np.tile(columns, 6)[:, :n], "float64") for n in (16, 3))
+    U, scale = np.cos(np.arange(80.0)).reshape(16, 5), np.ones((3, 5))
+    params = {"scale": jnp.asarray(scale, "float64"), "U": jnp.asarray(U, "float64")}
+    options: dict[str, Any] = dict(cost=cost, params=params, data=(X, y), batch_size=6)
     history = fit(layout=layout, **options)
     assert_same_numbers(history, fit(**options))
     split = {name: leaf.addressable_shards[0].data.shape for name, leaf in history.params.items()}
@@ -207,7 +215,9 @@ def poisoned(at):
         return COST.pullback(residuals[0], C_bar * residuals[1])
 
     X, y = examples(24, SMALL)
-    return fnn.Rule(forward, pullback), (X.at[:, 0].set(jnp.arange(24)), y)
+    X = np.array(X)
+    X[:, 0] = np.arange(24)
+    return fnn.Rule(forward, pullback), (jnp.asarray(X, "float64"), y)
 
 
 def test_divergence_names_the_step():
@@ -230,13 +240,18 @@ def test_skipped_steps_are_counted():
 # Collectives: what every step sends, read from the program that `fit` runs
 
 
+@jax.jit
+def adam_state(params):
+    return fnn.train_state(ADAM, params, jax.random.key(0))
+
+
 @cache
 def program(layout, sizes=SIZES, batch_size=16, metrics=(), N=None, dtype=None):
     """Steps of float32 without a penalty; the state as it goes in, and the compiled epochs."""
     cost = fnn.cost(replace(NET, dtype=dtype), fnn.softmax_cross_entropy_with_integer_labels)
     params, data = network(sizes, "float32"), examples(N or 2 * batch_size, sizes, "float32")
     with jax.numpy_dtype_promotion("standard"):
-        state = layout.put(params, fnn.train_state(ADAM, params, jax.random.key(0)))
+        state = layout.put(params, adam_state(params))
         _, run = runs.compiled_epochs(cost, ADAM, metrics, (), batch_size, False, layout)
         return state, run.lower(state, layout.put_whole(data), None, jnp.int32(1)).compile()
 
@@ -383,7 +398,7 @@ HELD = {
 @pytest.mark.parametrize("name", HELD)
 def test_a_device_holds_its_share_of_parameters_and_of_the_optimisers_state(name):
     params = network(dtype="float32")
-    state = fnn.train_state(ADAM, params, jax.random.key(0))
+    state = adam_state(params)
     placed = LAYOUTS[name].put(params, state)
     assert_equal(jax.device_get(placed._replace(key=0)), jax.device_get(state._replace(key=0)))
     adam = placed.optimizer_state[0]
@@ -441,10 +456,11 @@ def test_members_on_their_own_devices_are_those_on_one_up_to_rounding():
 
 
 def test_members_tell_each_other_nothing():
-    params, data, keys = members(6, "float32")
+    params, data, keys = members(6)
     layout = fnn.data_parallel(DEVICES[:3])
     optimizer = optax.sgd(0.1)
-    state = layout.put_rows(jax.vmap(partial(fnn.train_state, optimizer))(params, keys))
+    start = jax.jit(jax.vmap(partial(fnn.train_state, optimizer)))
+    state = layout.put_rows(start(params, keys))
     run = ensemble._compiled_epoch(COST, optimizer, (), 8, 2, layout)
     compiled = run.lower(state, layout.put_whole(data), None).compile()
     assert collectives(compiled) == []
@@ -582,11 +598,11 @@ def test_bad_layouts_are_told_what_was_expected_and_what_came(name):
 
 def test_many_tasks_that_know_of_one_process_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    for run in (plain_run, lambda layout: fit_ensemble(given=members(8), layout=layout)):
+    for run in (plain_run, lambda layout: fit_ensemble(given=members(6), layout=layout)):
         with pytest.raises(
             RuntimeError, match=r"SLURM_STEP_NUM_TASKS=4, but JAX knows of one.*join_processes"
         ):
-            run(LAYOUTS["data_parallel"])
+            run(LAYOUTS["data_parallel on 3 devices"])
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     check_launcher("fit")
 
