@@ -30,7 +30,7 @@ from .rules import is_array
 F = TypeVar("F", bound=Callable)
 Number = Array | float
 Parts = tuple[Number, Number]  # high + low: high has half of the dtype's digits, so that high·high is exact
-SMALL = 4096  # numbers in a matrix, whose copy is cheap beside a slower product
+SMALL = 1024  # numbers in a matrix, whose copy is cheaper than what its product gains by it
 
 
 def rounded_once(function: F) -> F:
@@ -67,8 +67,8 @@ def transposed(x: Array) -> Array:
     """xᵀ of a matrix, for a product: on a CPU laid out row by row, at the price of a copy.
 
     XLA never copies a transpose, but has the product read it as it lies. In bfloat16 a CPU then computes the
-    product in float32, as its kernels take two matrices that lie row by row; and in any dtype a product of
-    small matrices is slow. The barriers keep the copy apart from what computes x and from the product.
+    product in float32, as its kernels take two matrices that lie row by row; and in any dtype small matrices
+    take longer so than with a copy. The barriers keep that apart from what computes x and from the product.
     """
     if jax.default_backend() != "cpu" or x.ndim != 2:
         return x.T

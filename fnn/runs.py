@@ -404,6 +404,7 @@ class _InMemory:
         if is_finite or done == 1:
             return Advance(after, state, done, is_finite, rows)
         # Somewhere in these: the same epochs again, one by one.
+        del after
         before, each = state, []
         for _ in range(done):
             before = state
