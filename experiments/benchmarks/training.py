@@ -43,14 +43,15 @@ l, as many for its gradient and, but in the first layer, as many for the errors 
 and these, over the time of a step, are divided by the most that one large square product in the row's dtype
 reached in the same rounds, by JAX or PyTorch. Written to training.txt beside the script.
 
-Found, on two cores. At S `fit` is 13 to 70 times as fast as the loops of Equinox, Flax NNX and PyTorch, 8.4
-to 9.6 times as scikit-learn's, and level with one scan of jax.grad's step or of its own: its calls, checks
-and numbers do not show. At M it has 0.86 of the scans' rate with Adam, for a reason not found, and 1.02 and
-1.20 of it with SGD; it is 1.3 to 1.7 times as fast as PyTorch eager and fused, with 55 to 76 % of the peak.
-At L it has 0.97 to 0.98 of the scans' rate, 84 % (Adam) and 98 % (SGD) of the peak, and 1.08 and 1.20 times the
-rate of PyTorch's best. Products in bfloat16 make `fit` 1.35 to 1.6 times as fast at M and L, and jax.grad's
-scan slower. PyTorch's best in bfloat16 has 0.66 to 0.71 times our rate at M; at L 1.11 times with Adam, where
-our products take 95 % of the time at 56 % of a peak that smaller ones reach, and 1.01 times with SGD.
+Found, on two cores. At S `fit` is 13 to 70 times as fast as the loops of Equinox, Flax NNX and PyTorch,
+8.4 to 9.6 times as scikit-learn's, and level with one scan of jax.grad's step or of its own: its calls,
+checks and numbers do not show. At M it has 0.86 of the scans' rate with Adam, for a reason not found, and
+1.02 and 1.20 of it with SGD; it is 1.3 to 1.7 times as fast as PyTorch eager and fused, with 55 to 76 % of
+the peak. At L it has 0.97 to 0.98 of the scans' rate, 84 % (Adam) and 98 % (SGD) of the peak, and 1.08 and
+1.20 times the rate of PyTorch's best. Products in bfloat16 make `fit` 1.35 to 1.6 times as fast at M and
+L, and jax.grad's scan slower. PyTorch's best in bfloat16 has 0.66 to 0.71 times our rate at M; at L 1.11
+times with Adam, where our products take 95 % of the time at 56 % of a peak that smaller ones reach, and
+1.01 times with SGD.
 """
 
 import argparse
