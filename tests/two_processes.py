@@ -1,13 +1,11 @@
 """The program of two processes that `test_processes.py` starts: one scene after the other, in both alike.
 
     python -m tests.two_processes FOLDER PROCESS PORT
-    python -m tests.two_processes FOLDER                    in one, afterwards
 
 What the scenes found goes to FOLDER/PROCESS.json; in the last of them process 1 raises an exception.
 """
 
 import json
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +17,6 @@ import optax
 
 import fnn
 from experiments import distributed
-from experiments.distributed import Flags
 from fnn.processes import answers, check_agreed, of_first
 
 FLAGS = ["--widths", "32", "--epochs", "2", "--batch-size", "500", "--cpu-devices", "2"]
@@ -87,13 +84,16 @@ def uneven_batches(me: int) -> dict:
     }
 
 
-def the_experiment_again(folder: Path) -> None:
-    """On one device, and with another layout from where the two processes ended."""
-    shutil.copytree(folder / "run", folder / "before")
-    options: Any = dict(widths=(32,), batch_size=500)
-    jax.config.update("jax_num_cpu_devices", 2)
-    distributed.run(Flags(layout="none", epochs=2, save=folder / "alone", **options))
-    distributed.run(Flags(layout="sharded", epochs=4, checkpoint=folder / "run", **options))
+def raise_in_the_last(me: int) -> None:
+    """After its second epoch; the other has more to go than it ever comes to."""
+    cost, optimizer, params, data = problem()
+
+    def fail(report: fnn.EpochReport) -> None:
+        if me == 1 and report.epoch == 2:
+            raise RuntimeError("of the last process")
+
+    options: Any = dict(key=jax.random.key(0), epochs=1_000_000, batch_size=8, progress=False)
+    fnn.fit(cost, optimizer, params, data, layout=fnn.data_parallel(), callbacks=[fail], **options)
 
 
 def main(folder: Path, process: str, port: str) -> None:
@@ -102,11 +102,8 @@ def main(folder: Path, process: str, port: str) -> None:
     the_experiment(folder, join)
     found = {**answers_of_all(me), "refused": refused(me), "uneven": uneven_batches(me)}
     (folder / f"{me}.json").write_text(json.dumps(found))
-    distributed.run(Flags(widths=(32,), batch_size=500, epochs=1000, fail_at=2))
+    raise_in_the_last(me)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        the_experiment_again(Path(sys.argv[1]))
-    else:
-        main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]), *sys.argv[2:])
