@@ -12,10 +12,9 @@ import pytest
 
 import fnn
 from fnn import resume
-from tests.test_train import assert_equal, count_compilations, fit, problem
+from tests.test_train import ADAM, assert_equal, count_compilations, fit, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ADAM = optax.adam(0.05)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,9 @@ import optax
 import pytest
 
 import fnn
-from tests.test_train import assert_equal, count_compilations, fit, problem
+from tests.test_train import ADAM, assert_equal, count_compilations, fit, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-ADAM = optax.adam(0.05)
 
 
 def test_epochs_in_one_call_are_those_one_by_one_to_the_last_bit():
@@ -206,7 +205,7 @@ def test_divergence_through_the_errors_alone_is_told_from_the_forward_pass():
     """The cost is finite, δ^1 is not: the parameters are bad after the first step."""
     steep = fnn.Rule(lambda z: (z, None), lambda _, a_bar: (a_bar / 0,))
     cost = fnn.cost(fnn.mlp(steep), fnn.squared_error)
-    _, params, (X, y) = problem(N=8)
+    _, params, (X, y) = problem(8, widths=(3, 8, 6, 2))
     with pytest.raises(
         fnn.DivergenceError, match=r"parameters became .* at step 1 of 1\. .*: δ\^2, the error of layer 2"
     ):

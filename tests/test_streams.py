@@ -14,12 +14,11 @@ import pytest
 
 import fnn
 from fnn import resume, streams
-from tests.test_train import assert_equal, problem
+from tests.test_train import ADAM, assert_equal, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-ADAM = optax.adam(0.05)
-COST, PARAMS, (X, Y) = problem()  # 37 examples: batches of 8 leave a last one of 5
+COST, PARAMS, (X, Y) = problem(37)  # 37 examples: batches of 8 leave a last one of 5
 DATA = np.asarray(X), np.asarray(Y)
 KEY = jax.random.key(2)
 STEPS = 5
