@@ -46,14 +46,13 @@ class Case:
 
     def draw(self, rng, size, dtype) -> tuple:
         """Primals for `INSTANCES` calls of the rule, floats of the dtype."""
-        return jax.tree.map(
-            lambda a: jnp.asarray(a, dtype if a.dtype == float else None), self.make(rng, size)
-        )
+        numbers = self.make(rng, size)
+        return jax.device_put(jax.tree.map(lambda a: a.astype(dtype) if a.dtype == float else a, numbers))
 
     def draw_one(self, seed: int = 0, size=None) -> tuple:
         """Primals for a single call, in float64."""
         one = jax.tree.map(lambda a: a[0], self.make(np.random.default_rng(seed), size))
-        return jax.tree.map(jnp.asarray, one)
+        return jax.device_put(one)  # by which nothing is compiled
 
 
 def _normal(rng, shape, away_from=None):
@@ -288,3 +287,23 @@ def instance(primals, i: int):
         return one if np.issubdtype(one.dtype, np.integer) else one.astype(np.float64)
 
     return jax.tree.map(number, primals)
+
+
+def he_network(fnn, widths, dtype="float64", members=(), bias=True):
+    """Parameters for a run, with biases of 0; by NumPy, of which nothing is compiled."""
+    rng = np.random.default_rng(1)
+    return jax.device_put(
+        tuple(
+            fnn.Layer(
+                ((2 / n_in) ** 0.5 * rng.standard_normal((*members, n_out, n_in))).astype(dtype),
+                np.zeros((*members, n_out), dtype) if bias else None,
+            )
+            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+    )
+
+
+def signs(N: int, n: int = 3, dtype="float64"):
+    """N examples with n numbers each, and whether the first two have the same sign."""
+    X = np.random.default_rng(0).standard_normal((N, n))
+    return jax.device_put((X.astype(dtype), (X[:, 0] * X[:, 1] > 0).astype("int32")))

@@ -12,11 +12,12 @@ import pytest
 
 import fnn
 from fnn import ensemble
+from tests.strategies import he_network, signs
 from tests.test_train import count_compilations
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-M, N = 5, 37  # batches of 8 leave 5 examples over, chunks of 2 or 3 members a shorter last one
+M, N = 5, 40  # batches of 8; chunks of 2 or 3 members have a shorter last one
 RATES = np.array([0.001, 0.01, 0.03, 0.05, 0.1])
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
@@ -29,17 +30,9 @@ KEY = jax.random.key(0)
 
 @cache
 def problem(members=M, dtype="float64", **options):
-    """Parameters (members, ...), data, and a key for each member; made by one program, once."""
-
-    @jax.jit
-    def make():
-        X = jax.random.normal(jax.random.key(0), (N, 3), dtype)
-        y = (X[:, 0] * X[:, 1] > 0).astype(jnp.int32)
-        init = partial(fnn.init, sizes=(3, 8, 2), weights=fnn.he_normal, dtype=dtype, **options)
-        params = jax.vmap(init)(jax.random.split(jax.random.key(1), members))
-        return params, (X, y), jax.random.split(jax.random.key(2), members)
-
-    return make()
+    """Parameters (members, ...), data, and a key for each member; made once."""
+    params = he_network(fnn, (3, 8, 2), dtype, (members,), **options)
+    return params, signs(N, dtype=dtype), jax.random.split(jax.random.key(2), members)
 
 
 def fit(cost=COST, optimizer=ADAM, given=None, **options):
@@ -187,7 +180,7 @@ def test_equal_keys_mean_equal_orders_and_keys_of_either_style_are_welcome():
 
 
 def test_weight_decay_of_each_member_is_the_costs_l2():
-    params, data, keys = problem(bias=None)
+    params, data, keys = problem(bias=False)
     decays = np.linspace(0, 0.2, M)
     decay = optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=0.0)
     optimizer = optax.chain(decay, SGD)
@@ -335,7 +328,7 @@ BAD = {
     "no members at once": (dict(members_at_once=0), ValueError,
         r"members_at_once needs to be a positive.*got 0"),
     "no epochs": (dict(epochs=0), ValueError, r"fit_ensemble: epochs needs to be a positive integer, got 0"),
-    "batches above N": (dict(batch_size=38), ValueError, r"batch_size 38 is larger than the data, N = 37"),
+    "batches above N": (dict(batch_size=41), ValueError, r"batch_size 41 is larger than the data, N = 40"),
     "cost a function": (dict(cost=lambda params, X, y: 0.0), TypeError,
         r"fit_ensemble: cost needs to be a rule"),
     "an optimiser not made": (dict(optimizer=optax.adam), TypeError, r"fit_ensemble: optimizer.*call it"),
