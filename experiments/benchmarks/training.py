@@ -31,6 +31,10 @@ compilation. In a round every row has its turn, in another order each time. Exam
 median of the rounds; "time / fit's" is the ratio of the medians, and in brackets the range that holds the
 middle half of the ratios within a round.
 
+"in turns" are the scans and `fit` once more, S and M, by themselves and in many more rounds, 60 unless
+--turns says otherwise: the median of a scan's time over fit's within a round, and where the median of endless
+rounds lies at 95 %. What `fit` takes beyond the scan of its own step is its overhead.
+
 "alone" are the products of one epoch's steps, as `fit` asks for them but without what is between them, and
 the optimiser's updates of as many steps, each timed in the same rounds: what of the peak is missing is lost
 within the products, in the optimiser, or in the rest.
@@ -72,7 +76,7 @@ import optax
 
 import fnn
 from experiments import digits
-from experiments.benchmarks.timing import ratio, rounds_of, seconds
+from experiments.benchmarks.timing import ratio, ratio_within, rounds_of, seconds
 from fnn.elementary import matmul, times_transposed, transposed
 from fnn.tables import aligned
 
@@ -530,10 +534,22 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     return "\n".join(lines)
 
 
+def in_turns(name: str, size: Size, optimizer: str, rounds: int) -> str:
+    """The scans' time over that of `fit`, where a per cent matters."""
+    task, rows = task_of(name, size, optimizer), ROWS[:3]
+    runs = [partial(row.of(task).run, size.epochs * size.compiled) for row in rows]
+    for run in runs:
+        seconds(run)  # compiles
+    times = rounds_of(runs, rounds)
+    scans = (f"{rows[i].name} {ratio_within(times, i, 0)}" for i in (1, 2))
+    return f"in turns, {rounds} rounds, time / fit's: {'; '.join(scans)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3, help="at L; three times as many at S and M")
+    parser.add_argument("--turns", type=int, default=60, help="rounds of fit and the scans by themselves")
     parser.add_argument(
         "--quick", action="store_true", help="seconds: few steps, a small L, one round, no torch.compile"
     )
@@ -546,6 +562,8 @@ def main() -> None:
             size = sizes[name]
             rounds = 1 if flags.quick else size.times * flags.rounds
             parts.append(table(name, size, optimizer, rounds, side, flags.quick))
+            if name != "L":
+                parts[-1] += "\n" + in_turns(name, size, optimizer, 2 if flags.quick else flags.turns)
             print(parts[-1], end="\n\n", flush=True)
     cores = len(os.sched_getaffinity(0))
     device = f"{jax.devices()[0].platform}, {cores} core{'s' * (cores > 1)}"
