@@ -262,7 +262,7 @@ def _with_data_reversed(question: Question, report: Report) -> Report:
             return x
         host = np.asarray(x)  # where nothing is compiled
         host = host[::-1, ::-1] if host.ndim == 2 else host[::-1]
-        return jnp.asarray(host) if isinstance(x, jax.Array) else host
+        return jax.device_put(host) if isinstance(x, jax.Array) else host
 
     moving = set(question.positions) | set(question.also_moving) | ({0} if question.is_rule else set())
     args = tuple(x if i in moving else jax.tree.map(reverse, x) for i, x in enumerate(question.args))

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
@@ -110,7 +109,7 @@ class Reference:
 
 def reference_of(question: Question) -> Reference:
     with wide_promotion():
-        arrays = [jnp.asarray(x) for x in question.arrays(None, wide_array)]
+        arrays = jax.device_put(question.arrays(None, wide_array))
     value = Evaluator(question, lambda arrays: [question.value(arrays)], arrays)
     if (
         value.jaxpr is None
