@@ -37,7 +37,7 @@ class Draw:
         self._rng = np.random.default_rng(zlib.crc32(name.encode()))
 
     def of(self, numbers) -> jax.Array:
-        return jnp.asarray(np.asarray(numbers, np.float64), self.dtype)
+        return jax.device_put(np.asarray(numbers, np.float64).astype(self.dtype))  # which compiles nothing
 
     def normal(self, *shape: int, scale: float = 1.0) -> jax.Array:
         return self.of(scale * self._rng.normal(size=shape))
@@ -46,7 +46,7 @@ class Draw:
         return self.of(self._rng.uniform(low, high, size=shape))
 
     def integers(self, n: int, *shape: int) -> jax.Array:
-        return jnp.asarray(self._rng.integers(n, size=shape))
+        return jax.device_put(self._rng.integers(n, size=shape))
 
     def probabilities(self, *shape: int) -> jax.Array:
         p = np.exp(self._rng.normal(size=shape))

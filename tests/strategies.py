@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
+import fnn as package
 import tests.reference as reference
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -289,18 +290,17 @@ def instance(primals, i: int):
     return jax.tree.map(number, primals)
 
 
-def he_network(fnn, widths, dtype="float64", members=(), bias=True):
-    """Parameters for a run, with biases of 0; by NumPy, of which nothing is compiled."""
-    rng = np.random.default_rng(1)
-    return jax.device_put(
-        tuple(
-            fnn.Layer(
-                ((2 / n_in) ** 0.5 * rng.standard_normal((*members, n_out, n_in))).astype(dtype),
-                np.zeros((*members, n_out), dtype) if bias else None,
-            )
-            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
-        )
-    )
+def drawn(rng, widths, *, bias: float | None = 0.0, dtype="float64", members=()):
+    """Parameters of a network, (members, ...), W of variance 1/n_in; by NumPy, of which nothing is compiled.
+
+    bias: its standard deviation; None for layers without
+    """
+    layers = []
+    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        W = rng.standard_normal((*members, n_out, n_in)) / n_in**0.5
+        b = None if bias is None else bias * rng.standard_normal((*members, n_out))
+        layers.append(jax.tree.map(lambda x: x.astype(dtype), package.Layer(W, b)))
+    return jax.device_put(tuple(layers))
 
 
 def signs(N: int, n: int = 3, dtype="float64"):

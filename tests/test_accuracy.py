@@ -128,15 +128,29 @@ def special_numbers(dtype):
     return np.unique(np.concatenate([positive, -positive]))
 
 
+def surely_within_4_ulp(ours, truths, dtype):
+    """Most of what is, found by arithmetic that is a hundred times as fast as that of 60 digits.
+
+    Rounding the truth to float64 loses half an ulp, and where it becomes a power of 2 its own ulp may be half
+    of the spacing there: 2 · 1.5 + 0.5 < 4.
+    """
+    rounded = np.array([float(truth) for truth in truths])
+    with np.errstate(over="ignore", invalid="ignore"):  # at infinity, which is not sure
+        spacing = np.spacing(np.abs(rounded).astype(dtype)).astype(float)
+        near = np.abs(ours.astype(float) - rounded) <= 1.5 * spacing
+    return near & (np.abs(rounded) >= 2 * smallest_normal(dtype))
+
+
 @pytest.mark.parametrize("dtype_name", WIDE)
 def test_32_and_64_bit_numbers_give_results_within_4_ulp(dtype_name):
     dtype = WIDE[dtype_name]
     inputs, tiny = special_numbers(dtype), smallest_normal(dtype)
-    results = compiled()(jnp.asarray(inputs))
+    results, exact_inputs = compiled()(jnp.asarray(inputs)), [exactly(z) for z in inputs]
     for name in NAMES:
-        for what, ours in zip(WHAT, results[name], strict=True):
-            for z, mine in zip(inputs, np.asarray(ours), strict=True):
-                truth = exact(name, what, z)
+        for what, ours in zip(WHAT, map(np.asarray, results[name]), strict=True):
+            truths = [getattr(ACTIVATIONS[name], what)(z) for z in exact_inputs]
+            for i in np.flatnonzero(~surely_within_4_ulp(ours, truths, dtype)):
+                truth, mine, z = truths[i], ours[i], inputs[i]
                 if abs(truth) < tiny:  # or a term of it, are rounded to 0
                     assert abs(exactly(mine) - truth) <= tiny, (name, what, z)
                 else:
@@ -192,12 +206,16 @@ def test_losses_on_logits_are_right_to_4_ulp_of_their_largest_term(dtype_name, K
             results.append((C, loss.pullback(residuals, jnp.ones_like(C))[0]))
         return results
 
-    exact_losses = (softmax_cross_entropy, softmax_cross_entropy, sigmoid_binary_cross_entropy)
-    for i, ((C, gradient), truth_of) in enumerate(zip(evaluate(Z, Y), exact_losses, strict=True)):
-        for z, y, *ours in zip(Z, Y, np.asarray(C), np.asarray(gradient), strict=True):
+    softmax, sigmoid = (
+        [truth_of([exactly(v) for v in z], [exactly(v) for v in y]) for z, y in zip(Z, Y, strict=True)]
+        for truth_of in (softmax_cross_entropy, sigmoid_binary_cross_entropy)
+    )
+    for i, ((C, gradient), truths) in enumerate(
+        zip(evaluate(Z, Y), (softmax, softmax, sigmoid), strict=True)
+    ):
+        for z, y, truth, *ours in zip(Z, Y, truths, np.asarray(C), np.asarray(gradient), strict=True):
             if i == 1 and y.max() < 1:  # no class number
                 continue
-            truth = truth_of([exactly(v) for v in z], [exactly(v) for v in y])
             numbers = (ours[0], *ours[1]), (truth.value, *truth.gradient), (truth.value, *truth.terms)
             for mine, right, term in zip(*numbers, strict=True):
                 error = abs(exactly(mine) - right)

@@ -22,9 +22,8 @@ from tests.strategies import gate_cases, rules
 
 fnn: Any = package  # without types: wrong questions are asked too
 rng = np.random.default_rng(0)
-X, y = jnp.asarray(rng.standard_normal((8, 3))), jnp.asarray(rng.standard_normal((8, 2)))
-W = jnp.asarray(rng.standard_normal((2, 3)))
-v = jnp.array([-1.5, 0.5, 2.0])
+X, y, W = (jax.device_put(rng.standard_normal(shape)) for shape in ((8, 3), (8, 2), (2, 3)))
+v = jax.device_put(np.array([-1.5, 0.5, 2.0]))
 
 
 def squares(W, X, y):
@@ -70,7 +69,7 @@ def test_a_whole_network_passes_in_float32():
 
 # What the report says. Each fault is planted, and the sentence read.
 
-ROWS = jnp.arange(8) % 3
+ROWS = jax.device_put(np.arange(8) % 3)
 
 
 def logits_cost(z):
@@ -124,6 +123,13 @@ def layer_gradient(p, X, y, *, weights=None, axis=0):
     return {"W": delta.T @ X, "b": delta.sum(axis)}
 
 
+def _with(example, weight):
+    """Weights of 1, but for one example."""
+    weights = np.ones((8, 1))
+    weights[example] = weight
+    return jax.device_put(weights)
+
+
 def softplus_gradient(x):
     e = jnp.exp(x)
     return e / (1 + e)
@@ -142,11 +148,11 @@ def times(factor):
     )
 
 
-LAYER = {"W": W, "b": jnp.asarray(rng.standard_normal(2))}
-FIRST_TWO = (LAYER, X[:2], y[:2])
-ONES = jnp.ones((8, 1))
-SQUARE = jnp.asarray(rng.standard_normal((3, 3)))
-DEEP = [jnp.asarray(rng.standard_normal((3, 3))) / 2 for _ in range(4)]
+LAYER = {"W": W, "b": jax.device_put(rng.standard_normal(2))}
+FIRST_TWO = (LAYER, *jax.device_put((np.asarray(X)[:2], np.asarray(y)[:2])))
+SQUARE = jax.device_put(rng.standard_normal((3, 3)))
+DEEP = [jax.device_put(rng.standard_normal((3, 3)) / 2) for _ in range(4)]
+LOGITS = jax.device_put(np.asarray(y) @ np.asarray(W))
 DIAGNOSES = {
     "a factor of 2": (*times(2), "constant factor of 2 in every leaf"),
     "a factor of 1/2": (*times(1 / 2), r"factor of 0.5 \(1/2\)"),
@@ -163,10 +169,10 @@ DIAGNOSES = {
     ),
     "penalty missing": (penalised, lambda p: {"W": gradient(p["W"], X, y)}, ({"W": W},), r"a term 0.1·parameter is missing"),
     "only the last example": (
-        logits_cost, lambda z: logits_gradient(z).at[-1].set(0.0), (y @ W,), "only the last row is wrong, of 8",
+        logits_cost, lambda z: logits_gradient(z).at[-1].set(0.0), (LOGITS,), "only the last row is wrong, of 8",
     ),
     "only the first example": (
-        logits_cost, lambda z: logits_gradient(z).at[0].set(0.3), (y @ W,), "only the first row is wrong, of 8",
+        logits_cost, lambda z: logits_gradient(z).at[0].set(0.3), (LOGITS,), "only the first row is wrong, of 8",
     ),
     "leaves exchanged": (
         swapped, lambda p: {"a": 3 * p["b"] ** 2, "b": jnp.cos(p["a"])}, ({"a": v, "b": v + 1},), "are exchanged",
@@ -190,14 +196,14 @@ DIAGNOSES = {
         r"a product summed over axis \d of \(3, 3\) and \d of \(3, 3\), in place of \d and \d \|",
     ),
     "the last example left out": (
-        layer_cost, partial(layer_gradient, weights=ONES.at[-1].set(0)), (LAYER, X, y), "'W'.: the last of 8 examples is left out",
+        layer_cost, partial(layer_gradient, weights=_with(-1, 0)), (LAYER, X, y), "'W'.: the last of 8 examples is left out",
     ),
     "the first example left out, of a mean": (
-        layer_cost, partial(layer_gradient, weights=ONES.at[0].set(0) * 8 / 7), (LAYER, X, y),
+        layer_cost, partial(layer_gradient, weights=_with(0, 0) * 8 / 7), (LAYER, X, y),
         r"'b'.: the first of 8 examples is left out, times 1.14286 \(N/\(N - 1\), N = 8\)",
     ),
     "one example": (
-        layer_cost, partial(layer_gradient, weights=ONES.at[3].set(1.5)), (LAYER, X, y), "'W'.: only example 3 of 8 is wrong",
+        layer_cost, partial(layer_gradient, weights=_with(3, 1.5)), (LAYER, X, y), "'W'.: only example 3 of 8 is wrong",
     ),
     "float32 on the way": (
         lambda x: jnp.sum(jnp.sin(x)), lambda x: jnp.cos(x.astype(jnp.float32)).astype(x.dtype), (v,), "precision drops to float32",

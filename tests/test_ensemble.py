@@ -12,7 +12,7 @@ import pytest
 
 import fnn
 from fnn import ensemble
-from tests.strategies import he_network, signs
+from tests.strategies import drawn, signs
 from tests.test_train import count_compilations
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -31,7 +31,7 @@ KEY = jax.random.key(0)
 @cache
 def problem(members=M, dtype="float64", **options):
     """Parameters (members, ...), data, and a key for each member; made once."""
-    params = he_network(fnn, (3, 8, 2), dtype, (members,), **options)
+    params = drawn(np.random.default_rng(1), (3, 8, 2), dtype=dtype, members=(members,), **options)
     return params, signs(N, dtype=dtype), jax.random.split(jax.random.key(2), members)
 
 
@@ -180,7 +180,7 @@ def test_equal_keys_mean_equal_orders_and_keys_of_either_style_are_welcome():
 
 
 def test_weight_decay_of_each_member_is_the_costs_l2():
-    params, data, keys = problem(bias=False)
+    params, data, keys = problem(bias=None)
     decays = np.linspace(0, 0.2, M)
     decay = optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=0.0)
     optimizer = optax.chain(decay, SGD)

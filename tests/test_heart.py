@@ -4,22 +4,26 @@ import re
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 from PIL import Image
 
 from experiments import heart
+from tests.quick import quick_run
 
-QUICK = heart.Flags(quick=True)
 STABLE_START = 10  # of seed 0: its twin was never further away than 6e-12, with three versions of JAX
 
 
 @pytest.fixture(scope="module")
-def result():
-    return heart.measure(QUICK)
+def quick(tmp_path_factory):
+    """One quick run by command: its result, what it prints, and its figure."""
+    return quick_run(heart, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def result(quick):
+    return quick[0]
 
 
 def sigmoid(z):
@@ -70,9 +74,8 @@ def test_heart_goes_round_its_known_points():
     np.testing.assert_allclose(y[1:][::-1] * [-1, 1] + [1, 0], y[1:], atol=1e-12)  # mirrored in x = ½
 
 
-def test_quick_run_draws_the_heart_at_the_edge_of_stability(capsys, tmp_path):
-    heart.main(["--quick", "--output", str(tmp_path / "figure.png")])
-    out = capsys.readouterr().out
+def test_quick_run_draws_the_heart_at_the_edge_of_stability(quick):
+    _, out, figure = quick
     numbers = r" +(\S+) +\S+ to \S+ +(\S+) +(\S+)% +(\d+) +(\d+) +(\d+)$"
     found = [re.search(rule + numbers, out, re.MULTILINE) for rule in ("gradient descent", "one by one")]
     assert all(found)
@@ -84,7 +87,7 @@ def test_quick_run_draws_the_heart_at_the_edge_of_stability(capsys, tmp_path):
     assert up > 1 and up_one == 0
     # Of 4 starts 3 and 0 are visible, 1 and 4 stable; which run becomes visible may depend on the machine.
     assert visible > visible_one == 0 and stable < stable_one == 4
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -126,10 +129,13 @@ def test_starts_are_unit_normal_and_more_of_them_only_add():
 
 def test_hessian_is_that_of_differences(result):
     params = one_start(1)
-    flat, unravel = ravel_pytree(params)
+    leaves, tree = jax.tree.flatten(params)
+    flat = np.concatenate([np.ravel(leaf) for leaf in leaves])
 
     def gradient(flat):
-        _, J_W, J_b = textbook_gradients(*zip(*unravel(jnp.asarray(flat)), strict=True), *columns())
+        parts = np.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
+        layers = tree.unflatten(part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True))
+        _, J_W, J_b = textbook_gradients(*zip(*layers, strict=True), *columns())
         return np.concatenate([np.ravel(J) for layer in zip(J_W, J_b, strict=True) for J in layer])
 
     steps = 1e-5 * np.eye(flat.size)
@@ -165,7 +171,8 @@ def test_figure_says_the_finding_and_labels_every_axis(result):
     assert len(axes) == 4 and all(one.get_xlabel() and one.get_ylabel() for one in axes)
 
 
-def test_film_has_a_frame_for_each_snapshot_and_rests_at_the_end(result, tmp_path):
+def test_film_has_a_frame_for_each_snapshot_and_rests_at_the_end(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(heart, "FRAMES_PER_SECOND", 2)  # a rest of 4 frames
     short = result.gradient_descent._replace(curves=result.gradient_descent.curves[:4])
     heart.animate(result._replace(times=result.times[:4], gradient_descent=short), tmp_path / "heart.gif")
     with Image.open(tmp_path / "heart.gif") as film:

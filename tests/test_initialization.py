@@ -11,7 +11,8 @@ import pytest
 import fnn
 from experiments import initialization
 from experiments.initialization import ACTIVATIONS, LAYERS, STARTS, last_costs, normal_mean, predict
-from tests.quick import quick_run
+from tests.quick import optimised, quick_run
+from tests.strategies import drawn
 
 NAMES = list(STARTS)
 
@@ -21,6 +22,7 @@ def quick(tmp_path_factory):
     """One quick run by command: its result, what it prints, and its figure. Half the batch learns as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initialization, "BATCH_SIZE", 32)
+        patch.setattr(initialization, "train", optimised(initialization.train, "cost", emitters=True))
         return quick_run(initialization, tmp_path_factory.mktemp("quick"))
 
 
@@ -139,19 +141,19 @@ def test_growth_is_the_geometric_mean_over_the_layers():
 
 def test_error_of_the_last_layer_is_the_one_asked_for():
     cost = fnn.cost(fnn.mlp(fnn.tanh), initialization.inner_product)
-    params = fnn.init(jax.random.key(0), (3, 5, 4))
-    X, Y = jnp.ones((6, 3)), jax.random.normal(jax.random.key(1), (6, 4))
+    rng = np.random.default_rng(0)
+    params = drawn(rng, (3, 5, 4))
+    X, Y = np.ones((6, 3)), rng.normal(size=(6, 4))
     np.testing.assert_array_equal(jax.jit(partial(fnn.backprop, cost))(params, X, Y).errors[-1], Y)
-    np.testing.assert_allclose(initialization.inner_product(2 * Y, Y), 2 * np.sum(Y**2, axis=1), rtol=1e-14)
+    C = jax.jit(initialization.inner_product)(2 * Y, Y)
+    np.testing.assert_allclose(C, 2 * np.sum(Y**2, axis=1), rtol=1e-14)
 
 
 def test_log_mean_square_holds_where_the_square_is_out_of_range():
-    a = jnp.array([[3.0, -4.0]], jnp.float32)
+    log_mean_square = jax.jit(initialization.log_mean_square)
     for exponent in (-30, 0, 30):
-        scaled = a * jnp.float32(10.0**exponent)
-        assert initialization.log_mean_square(scaled) == pytest.approx(
-            2 * exponent + np.log10(12.5), abs=1e-5
-        )
+        scaled = np.array([[3.0, -4.0]], np.float32) * np.float32(10.0**exponent)
+        assert log_mean_square(scaled) == pytest.approx(2 * exponent + np.log10(12.5), abs=1e-5)
 
 
 def test_figure_labels_its_axes_and_its_starts(quick):

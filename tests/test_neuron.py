@@ -104,8 +104,9 @@ def test_a_dead_neuron_has_a_gradient_of_exactly_0_and_never_moves(b):
     cost, optimizer = neuron.neuron_cost(), optax.sgd(1e6)
     params = (fnn.Layer(W=jnp.asarray(start[None, :2]), b=jnp.asarray(start[2:])),)
     state = fnn.train_state(optimizer, params, jax.random.key(0))
+    step = jax.jit(partial(fnn.train_step, cost, optimizer))
     for _ in range(3):
-        state, _ = fnn.train_step(cost, optimizer, state, X, y[:, None])
+        state, _ = step(state, X, y[:, None])
     assert state.params[0].W.tolist() == [[-1.0, -0.25]] and state.params[0].b.tolist() == [b]
 
 

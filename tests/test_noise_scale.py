@@ -12,7 +12,8 @@ import pytest
 import fnn
 from experiments import batch_size, digits, noise_scale
 from experiments.noise_scale import MEASURED, QUICK_SIZES, QUICK_TARGETS, Check, N, Parts, Target
-from tests.quick import quick_run
+from tests.quick import optimised, quick_run
+from tests.strategies import drawn
 
 # 1 to 1437, B_crit of the made-up runs well inside.
 SIZES = np.array([1, 4, 16, 64, 256, N])
@@ -21,7 +22,9 @@ SIZES = np.array([1, 4, 16, 64, 256, N])
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One quick run by command: its check, its targets, what it prints, and its figure."""
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_size, "steps_to_target", optimised(batch_size.steps_to_target))
+        patch.setattr(noise_scale, "draw_parts", optimised(noise_scale.draw_parts, "draws"))
         results, *rest = quick_run(noise_scale, tmp_path_factory.mktemp("quick"))
     return *results, *rest
 
@@ -61,12 +64,17 @@ def test_scale_divides_averages_and_knows_that_examples_are_finite():
     assert rest.trace.tolist() == [[30]] and rest.squared_norm.tolist() == [[-0.1]]
 
 
+def tiny(n):
+    """So many examples, and the parameters of two hidden layers."""
+    rng = np.random.default_rng(n)
+    params = drawn(rng, (3, 5, 4, 3), bias=1.0)
+    return rng.normal(size=(n, 3)), np.array([0, 1, 1, 2, 0, 2])[:n], params
+
+
 def test_mean_over_all_batches_of_a_tiny_set_is_the_truth(monkeypatch):
     """All 15 batches of 4 out of 6: s² and ‖G‖² - s²/N, N = 6, up to rounding in float64."""
-    X = np.asarray(jax.random.normal(jax.random.key(0), (6, 3)))
-    y = np.array([0, 1, 1, 2, 0, 2])
-    params = fnn.init(jax.random.key(1), (3, 5, 4, 3), bias=fnn.unit_normal)
-    batches = jnp.array(list(combinations(range(6), 4)))
+    X, y, params = tiny(6)
+    batches = np.array(list(combinations(range(6), 4)))
 
     @jax.jit
     @jax.vmap
@@ -82,9 +90,7 @@ def test_mean_over_all_batches_of_a_tiny_set_is_the_truth(monkeypatch):
 
 
 def test_truth_is_the_variance_and_the_mean_of_gradients_taken_alone():
-    X = np.asarray(jax.random.normal(jax.random.key(2), (4, 3)))
-    y = np.array([2, 1, 0, 1])
-    params = fnn.init(jax.random.key(3), (3, 5, 4, 3))
+    X, y, params = tiny(4)
     gradient = jax.jit(fnn.value_and_grad(batch_size.cost))
     alone = [gradient(params, X[n : n + 1], y[n : n + 1])[1] for n in range(4)]
     rows = np.array([np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in alone])
@@ -136,7 +142,7 @@ def test_quick_run_finds_the_noise_scale_rising_and_near_the_critical_size(quick
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_figure_and_finding_are_of_the_numbers(tmp_path):
+def test_figure_and_finding_are_of_the_numbers():
     steps = np.tile((30 + 3000 / SIZES)[:, None], (1, 3))
     # B_simple 200 at first and 50 in the last quarter, in terms of the N examples.
     squared_norm = np.repeat([[100 / 200, 100 / 50]], (15, 5), axis=1) - 100 / N
@@ -145,7 +151,7 @@ def test_figure_and_finding_are_of_the_numbers(tmp_path):
     run = 100 / (0.75 * 0.5 + 0.25 * 2)
     np.testing.assert_allclose(noise_scale.run_and_end(targets[0], 16), (run, 50), rtol=1e-12)
     figure = noise_scale.draw(targets)
-    figure.savefig(tmp_path / "figure.png")  # a layout that does not fit would warn
+    figure.draw_without_rendering()  # a layout that does not fit would warn
     title = figure.get_suptitle()
     assert f"{run / 100:.2g} to {run / 100:.2g} times" in title and "0.5 to 0.5 times" in title
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)

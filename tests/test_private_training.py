@@ -11,6 +11,7 @@ import pytest
 
 import fnn
 from experiments import private_training
+from tests.strategies import drawn
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -20,19 +21,23 @@ def batch():
     """Parameters, inputs and labels; the norms of the examples' gradients are far apart."""
     rng = np.random.default_rng(0)
     X = rng.standard_normal((40, 64)) * np.geomspace(0.01, 1, 40)[:, None]
-    params = fnn.init(jax.random.key(0), private_training.SIZES, weights=fnn.he_normal, dtype=jnp.float32)
-    return params, jnp.asarray(X, jnp.float32), jnp.asarray(rng.integers(0, 10, 40), jnp.int32)
+    params = drawn(rng, private_training.SIZES, dtype="float32")
+    return params, X.astype(np.float32), rng.integers(0, 10, 40).astype(np.int32)
 
 
 def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]).astype(float)
 
 
-def step(batch, rate, deviation, max_norm):
-    params, X, y = batch
+@jax.jit
+def after_a_step(params, X, y, rate, deviation, max_norm):
     optimizer = private_training.noisy_sgd(rate, deviation, jax.random.key(1))
     after, _ = private_training.private_step(optimizer, max_norm, (params, optimizer.init(params)), X, y)
-    return flat(after) - flat(params)
+    return after
+
+
+def step(batch, rate, deviation, max_norm):
+    return flat(after_a_step(*batch, *map(np.float32, (rate, deviation, max_norm)))) - flat(batch[0])
 
 
 def test_quick_run_learns_less_with_more_noise(standard_promotion, capsys, tmp_path):
@@ -74,8 +79,8 @@ def test_no_noise_means_none_even_without_a_bound():
 
 def test_step_without_bound_and_noise_is_gradient_descents(batch, standard_promotion):
     params, X, y = batch
-    gradient = fnn.value_and_grad(private_training.COST)(params, X, y)[1]
-    moved = step(batch, 0.1, jnp.float32(0), np.inf)
+    gradient = jax.jit(fnn.value_and_grad(private_training.COST))(params, X, y)[1]
+    moved = step(batch, 0.1, 0, np.inf)
     # A difference of parameters of size 1 at most: an eps each.
     np.testing.assert_allclose(moved, -0.1 * flat(gradient), atol=2 * EPS)
     assert np.abs(moved).max() > 1e-3
@@ -83,16 +88,17 @@ def test_step_without_bound_and_noise_is_gradient_descents(batch, standard_promo
 
 def test_step_is_that_of_the_examples_gradients_clipped_one_by_one(batch, standard_promotion):
     params, X, y = batch
-    each = [flat(jax.grad(private_training.COST)(params, X[n : n + 1], y[n : n + 1])) for n in range(len(y))]
+    gradient = jax.jit(jax.grad(private_training.COST))
+    each = [flat(gradient(params, X[n : n + 1], y[n : n + 1])) for n in range(len(y))]
     norms = np.linalg.norm(each, axis=1)
     C = float(np.median(norms))
     assert norms.min() < C / 1.2 and norms.max() > 2 * C
     clipped = np.mean([g * min(1, C / norm) for g, norm in zip(each, norms, strict=True)], axis=0)
-    np.testing.assert_allclose(step(batch, 1.0, jnp.float32(0), C), -clipped, atol=8 * EPS)
+    np.testing.assert_allclose(step(batch, 1.0, 0, C), -clipped, atol=8 * EPS)
 
 
 def test_noise_is_added_after_clipping_and_scaled_by_the_rate_alone(batch, standard_promotion):
-    quiet, noisy = (step(batch, 0.5, jnp.float32(deviation), 1e-3) for deviation in (0, 0.2))
+    quiet, noisy = (step(batch, 0.5, deviation, 1e-3) for deviation in (0, 0.2))
     assert np.linalg.norm(quiet) <= 0.5e-3 * 1.01
     np.testing.assert_allclose(np.std(noisy - quiet), 0.5 * 0.2, rtol=5 / np.sqrt(2 * len(quiet)))
 

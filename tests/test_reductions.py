@@ -22,7 +22,7 @@ NAMES = (*OF_LAYERS, *OF_EXAMPLES, "clipped_gradient", "noise_scale", "noise_sca
 def cast(primals, dtype):
     """By NumPy, which has nothing to compile."""
     return jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x).astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x),
+        lambda x: jax.device_put(np.asarray(x).astype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         primals,
     )
 
@@ -36,14 +36,22 @@ gradient_of = jax.jit(fnn.gradient)
 
 def draw(arch: Architecture, dtype="float64", seed: int = 0):
     """The cost, its primals and their sweep, all numbers rounded to the dtype."""
-    case = network_case(fnn, arch)
-    primals = cast(case.draw_one(seed), dtype)
+    case, primals = drawn(arch, dtype, seed)
     return case, primals, swept(case.rule, *primals)
 
 
+def drawn(arch: Architecture, dtype, seed: int):
+    case = network_case(fnn, arch)
+    return case, cast(case.draw_one(seed), dtype)
+
+
+def reduced(sweep, max_norm: float = 1e-2, max_layer_norm: float = 1e-2):
+    """Every reduction of a sweep, in one program, which is the same with bounds given and without."""
+    return all_reductions(sweep, max_norm, max_layer_norm)
+
+
 @jax.jit
-def reduced(sweep, max_norm=1e-2, max_layer_norm=1e-2):
-    """Every reduction of a sweep, in one program."""
+def all_reductions(sweep, max_norm, max_layer_norm):
     names = [name for name in NAMES if name != "clipped_gradient"]
     if sweep.losses.size == 1:
         names = [name for name in names if not name.startswith("noise_scale")]
@@ -74,6 +82,7 @@ class Definitions:
         examples = jax.device_get(example_gradients(sweep))
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(examples)]
         self.g = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+        self.shapes = jax.tree.map(lambda leaf: leaf.shape[1:], examples)
         sizes = [sum(leaf[0].size for leaf in jax.tree.leaves(layer)) for layer in examples]
         self.layer = np.repeat(range(len(sizes)), sizes)
         self.c = np.asarray(sweep.weights, np.float64)
@@ -135,9 +144,8 @@ def check(sweep, dtype):
     want = Definitions(sweep)
     bounds = [float(jnp.asarray(np.median(norms) or 1.0, dtype)) for norms in (want.norms, want.layer_norms)]
     results = reduced(sweep, *bounds)
-    shapes = jax.tree.map(jnp.shape, jax.eval_shape(fnn.gradient, sweep))
     for name in (*OF_LAYERS, "clipped_gradient", "clipped per layer"):
-        assert jax.tree.map(jnp.shape, results[name]) == shapes
+        assert jax.tree.map(jnp.shape, results[name]) == want.shapes
     N, L = want.layer_norms.shape
     assert [results[name].shape for name in OF_EXAMPLES] == [(N, L), (N,), (N, N), (N,)]
     assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(dtype)}
@@ -149,7 +157,7 @@ def check_examples(case, primals, sweep, dtype):
     """δ_n a_nᵀ and δ_n are autodiff's, of each example's own loss, in float64 on the same numbers."""
     params, X, y, *_ = cast(primals, "float64")
     net, loss = case.rule.net, case.rule.loss
-    biased = tuple(fnn.Layer(W, jnp.zeros_like(W[:, 0]) if b is None else b) for W, b in params)
+    biased = tuple(fnn.Layer(W, jax.device_put(np.zeros(len(W))) if b is None else b) for W, b in params)
 
     @partial(jax.jit, static_argnums=0)
     @partial(jax.vmap, in_axes=(None, None, 0, 0))
@@ -159,6 +167,7 @@ def check_examples(case, primals, sweep, dtype):
     want = autodiff(fnn.cost(net, loss), biased, X, y)
     got = example_gradients(sweep)
     # A running bound of the rounding: the backward recursion on absolute values, as in `check_sweep`.
+    want = jax.device_get(want)
     terms = np.abs(y) if jnp.issubdtype(y.dtype, jnp.floating) else np.ones_like(want[-1].b)
     for l in reversed(range(len(params))):
         terms = np.maximum(terms, np.abs(want[l].b))
@@ -175,8 +184,9 @@ def check_examples(case, primals, sweep, dtype):
 @settings(max_examples=3, deadline=None)
 @given(arch=architectures(), seed=st.integers(0, 2**32 - 1))
 def test_reductions_are_those_of_every_examples_gradient(dtype, arch, seed):
-    case, primals, sweep = draw(arch, dtype, seed)
+    case, primals = drawn(arch, dtype, seed)
     assume(case.smooth(*jax.tree.map(np.float64, primals)))
+    sweep = swept(case.rule, *primals)
     check_examples(case, primals, sweep, dtype)
     check(sweep, dtype)
 
@@ -211,8 +221,9 @@ def test_the_check_sees_one_thousandth(name, known):
 
 def sweep_of(gradients, weights, bias=False):
     """A sweep of one layer with one output, δ = 1, so that every a_n is its gradient."""
-    A, c = jnp.asarray(gradients), jnp.asarray(weights)
-    return fnn.Sweep(jnp.zeros_like(c), (A,), (jnp.ones_like(A[:, :1]),), c, None, (bias,))
+    A, c = (x if isinstance(x, jax.Array) else jax.device_put(np.asarray(x)) for x in (gradients, weights))
+    losses, delta = jax.device_put((np.zeros(c.shape, c.dtype), np.ones((len(A), 1), A.dtype)))
+    return fnn.Sweep(losses, (A,), (delta,), c, None, (bias,))
 
 
 FLOAT32_HALVES = np.full(2, 0.5, np.float32)
@@ -255,7 +266,7 @@ def test_example_without_gradient_is_neither_clipped_nor_nan():
     case, (params, X, y), _ = draw(Architecture())
     sweep = swept(case.rule, params, X, y)
     others = np.arange(6)[:, None] != 2
-    sweep = replace(sweep, errors=tuple(jnp.asarray(np.where(others, delta, 0)) for delta in sweep.errors))
+    sweep = replace(sweep, errors=tuple(jax.device_put(np.where(others, delta, 0)) for delta in sweep.errors))
     results = reduced(sweep)
     assert results["example_norms"][2] == 0 and results["example_cosines"][2] == 0
     Definitions(sweep).check(results, (1e-2, 1e-2), "float64")
@@ -323,8 +334,12 @@ def test_penalty_is_added_after_clipping_and_enters_nothing_else():
 def test_examples_of_weight_zero_are_as_if_absent():
     _, _, sweep = draw(Architecture(weighted=True, reduction="weighted_mean"))
     kept = np.array([0, 2, 3, 5])
-    with_zeros = replace(sweep, weights=sweep.weights * np.isin(range(6), kept).astype(float))
-    a, b = reduced(with_zeros), reduced(jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[kept]), with_zeros))
+    weights = np.asarray(sweep.weights) * np.isin(range(6), kept)
+    with_zeros = replace(sweep, weights=jax.device_put(weights))
+    a, b = (
+        reduced(with_zeros),
+        reduced(jax.tree.map(lambda x: jax.device_put(np.asarray(x)[kept]), with_zeros)),
+    )
     for name in (*OF_LAYERS, "clipped_gradient", "clipped per layer", "noise_scale", "noise_scale_parts"):
         np.testing.assert_allclose(vector(a[name]), vector(b[name]), rtol=1e-10, atol=1e-16, err_msg=name)
     for name in ("example_norms", "example_cosines"):
@@ -343,7 +358,7 @@ def test_variance_of_examples_that_are_all_alike_is_rounding_and_not_below_zero(
 def test_single_weight_leaves_no_noise_to_estimate():
     _, _, sweep = draw(Architecture())
     alone = jax.jit(jax.vmap(lambda c: fnn.noise_scale_parts(replace(sweep, weights=c))))
-    assert np.all(np.isnan(alone(jnp.eye(6))))
+    assert np.all(np.isnan(alone(np.eye(6))))
     nobody = sweep_of([[3.0, 4.0], [1.0, 4.0]], [0.0, 0.0])
     for name, result in zip(OF_LAYERS, some(nobody, OF_LAYERS), strict=True):
         assert not np.any(vector(result)), name
@@ -400,8 +415,8 @@ def test_reductions_pass_through_vmap():
     norms, gradients = jax.jit(jax.vmap(of_one))(X, y)
     np.testing.assert_allclose(norms, reduced(sweep)["layer_norms"], rtol=1e-13)
     np.testing.assert_allclose(gradients, example_gradients(sweep)[0].W, rtol=1e-13)
-    bounds = jnp.array([0.01, 0.1, jnp.inf])
-    many = jax.jit(jax.vmap(fnn.clipped_gradient, in_axes=(None, 0)))(sweep, bounds)
+    bounds = np.array([0.01, 0.1, np.inf])
+    many = jax.device_get(jax.jit(jax.vmap(fnn.clipped_gradient, in_axes=(None, 0)))(sweep, bounds))
     for i, bound in enumerate(bounds):
         one = reduced(sweep, float(bound))["clipped_gradient"]
         np.testing.assert_allclose(vector(jax.tree.map(lambda x, i=i: x[i], many)), vector(one), rtol=1e-12)
@@ -412,7 +427,8 @@ def test_results_in_16_bits_are_those_in_float32_rounded(dtype):
     """Of the same inputs, errors and weights: one rounding; a second one where errors take up weights."""
     _, _, narrow = draw(Architecture(weighted=True, N=64), dtype)
     wide = cast(narrow, "float32")
-    bound, eps = float(np.median(reduced(wide)["example_norms"])), float(jnp.finfo(dtype).eps)
+    (norms,) = some(wide, ("example_norms",))
+    bound, eps = float(np.median(norms)), float(jnp.finfo(dtype).eps)
     got, want = reduced(narrow, bound, bound), reduced(wide, bound, bound)
     got["example_gradients"], want["example_gradients"] = map(example_gradients, (narrow, wide))
     summed = np.asarray(wide.weights) @ np.abs(Definitions(wide).g)

@@ -22,7 +22,7 @@ from fnn import ensemble, runs
 from fnn.processes import check_launcher
 from fnn.sharding import Layout
 from fnn.train import shuffle
-from tests.strategies import he_network
+from tests.strategies import drawn
 from tests.test_ensemble import assert_equal
 from tests.test_ensemble import fit as fit_ensemble
 from tests.test_ensemble import problem as members
@@ -46,7 +46,7 @@ def grid(*shape, names=("data", "model"), kind=AxisType.Auto):
 
 @cache
 def network(sizes=SIZES, dtype="float64", **options):
-    return he_network(fnn, sizes, dtype, **options)
+    return drawn(np.random.default_rng(1), sizes, dtype=dtype, **options)
 
 
 @cache
@@ -161,7 +161,7 @@ def test_any_optimiser_runs_fully_sharded(name):
 
 def test_odd_numbers_of_layers_without_bias_in_pairs():
     options: dict[str, Any] = dict(
-        params=network((5, 8, 6, 4), bias=False), data=examples(16, (5, 8, 6, 4)), batch_size=8
+        params=network((5, 8, 6, 4), bias=None), data=examples(16, (5, 8, 6, 4)), batch_size=8
     )
     layout = fnn.tensor_parallel(4)
     history = fit(layout=layout, **options)

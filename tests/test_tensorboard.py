@@ -61,7 +61,7 @@ def of_history(history, steps=5):
 
 @pytest.fixture
 def run():
-    """37 examples in batches of 8, 5 steps an epoch, with one metric."""
+    """40 examples in batches of 8, 5 steps an epoch, with one metric."""
     pytest.importorskip("tensorboardX")
     cost, params, data = problem()
 

@@ -4,15 +4,15 @@ time, and the same properties that guard the package must fail on the copy.
 `python -m pytest tests/test_the_tests.py -n 0 -s` prints the score.
 """
 
-import compileall
+import ast
 import importlib
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -35,40 +35,59 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 SOURCE = Path(package.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """The package with its bytecode: all that a copy of it compiles anew is the file with the fault."""
-    folder = tmp_path_factory.mktemp("source") / "fnn"
-    shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    compileall.compile_dir(folder, quiet=1)
-    return folder
+@pytest.fixture(scope="module", autouse=True)
+def bytecode(tmp_path_factory):
+    """A folder for it, also where Python is told to write none: files without a fault are compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", False)
+        patch.setattr(sys, "pycache_prefix", str(tmp_path_factory.mktemp("bytecode")))
+        yield
+
+
+# Which module each public name comes from; None for a module itself.
+HOMES = {
+    alias.name: node.module
+    for node in ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
+class Copy(ModuleType):
+    """The package imported anew, each module when a name of it is first asked for: no check needs them all."""
+
+    def __init__(self, *folders: Path):
+        super().__init__("fnn")
+        self.__path__ = [str(folder) for folder in folders]  # the first that has a module
+
+    def __getattr__(self, name: str):
+        if name not in HOMES:
+            raise AttributeError(name)
+        module = importlib.import_module(f"fnn.{HOMES[name] or name}")
+        return getattr(module, name) if HOMES[name] else module
 
 
 @contextmanager
-def planted(source: Path, tmp_path: Path, file: str = "", old: str = "", new: str = ""):
+def planted(folder: Path, file: str = "", old: str = "", new: str = ""):
     """A copy of the package in which `old`, found once in `file`, is `new`; imported as `fnn`."""
-    shutil.copytree(source, tmp_path / "fnn")
     if file:
-        path = tmp_path / "fnn" / file
-        for bytecode in (tmp_path / "fnn" / "__pycache__").glob(f"{path.stem}.*"):
-            bytecode.unlink()
-        text = path.read_text(encoding="utf-8")
+        text = (SOURCE / file).read_text(encoding="utf-8")
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
-        path.write_text(text.replace(old, new), encoding="utf-8")
+        (folder / file).write_text(text.replace(old, new), encoding="utf-8")
     # Shape annotations off: numbers have to catch it (and beartype takes the copy's Layer for the original's).
     jaxtyping.config.update("jaxtyping_disable", True)
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "fnn"}
     finders = list(sys.meta_path)
     sys.meta_path[:] = [f for f in finders if type(f).__module__.partition(".")[0] != "jaxtyping"]
-    sys.path.insert(0, str(tmp_path))
     importlib.invalidate_caches()
+    sys.modules["fnn"] = copy = Copy(folder, SOURCE)
     try:
-        copy = importlib.import_module("fnn")
-        assert copy.__file__ and Path(copy.__file__).parent == tmp_path / "fnn"
         yield copy
+        # Read from the file with the fault, if any.
+        loaded = sys.modules.get(f"fnn.{file.removesuffix('.py')}")
+        assert not file or loaded is not None and loaded.__file__ == str(folder / file)
     finally:
         sys.meta_path[:] = finders
-        sys.path.remove(str(tmp_path))
         for name in [name for name in sys.modules if name.partition(".")[0] == "fnn"]:
             del sys.modules[name]
         sys.modules.update(ours)
@@ -76,11 +95,12 @@ def planted(source: Path, tmp_path: Path, file: str = "", old: str = "", new: st
 
 
 # What guards the package, each on one draw. Square networks, of N rows as wide as the layers, where every
-# mistake of order or transposition still has the right shape.
+# mistake of order or transposition still has the right shape. Of activations that compile quickly.
 
-SQUARE = Architecture(widths=(4, 4, 4, 4), hidden=("tanh", "sigmoid"), output="tanh", N=4, l2=0.1)
-PLAIN = Architecture()
-WEIGHTED = Architecture(weighted=True, reduction="weighted_mean", N=5)
+SQUARE = Architecture(widths=(4, 4, 4, 4), hidden=("sigmoid", "softplus"), output="sigmoid", N=4, l2=0.1)
+PLAIN = Architecture(hidden=("sigmoid", "relu"))
+WEIGHTED = Architecture(hidden=("sigmoid", "relu"), weighted=True, reduction="weighted_mean", N=5)
+FOUR_LAYERS = Architecture(widths=(4, 4, 4, 4, 4), hidden=("sigmoid", "softplus", "sigmoid"), N=4)
 
 
 class OfARule:
@@ -142,7 +162,7 @@ def sweep(arch: Architecture = SQUARE):
 
 
 def feedback(fnn):
-    case = network_case(fnn, Architecture(widths=(4, 4, 4, 4, 4), hidden=("tanh", "sigmoid", "tanh"), N=4))
+    case = network_case(fnn, FOUR_LAYERS)
     check_feedback(fnn, case.rule, *case.draw_one())
 
 
@@ -204,17 +224,19 @@ def many_examples(fnn):
 
 def mixed_precision(fnn):
     """In float16 the gradient is float32's but for roundings, of errors far below its smallest number too."""
-    params = fnn.init(jax.random.key(0), (3, 5, 4), dtype="float32")
-    X, A_bar = jax.random.normal(jax.random.key(1), (4, 3), "float32"), jnp.full((4, 4), 1e-9, "float32")
-    bars = []
-    for net in (fnn.mlp(fnn.tanh), fnn.mlp(fnn.tanh, dtype="float16")):
+    case = network_case(fnn, Architecture(widths=(3, 5, 4), hidden=("sigmoid",), N=4))
+    params, X, _ = jax.tree.map(lambda x: np.asarray(x, "float32"), case.draw_one())
+    A_bar = np.full((4, 4), 1e-9, "float32")
 
-        @jax.jit
-        def both_ways(params, X, A_bar, net=net):
+    @jax.jit
+    def both_ways(params, X, A_bar):
+        results = []
+        for net in (fnn.mlp(fnn.sigmoid), fnn.mlp(fnn.sigmoid, dtype="float16")):
             A, residuals = net.forward(params, X)
-            return A, *net.pullback(residuals, A_bar)
+            results.append(jax.tree.leaves((A, net.pullback(residuals, A_bar))))
+        return results
 
-        bars.append([np.asarray(leaf) for leaf in jax.tree.leaves(both_ways(params, X, A_bar))])
+    bars = jax.device_get(both_ways(params, X, A_bar))
     for wide, narrow in zip(*bars, strict=True):
         np.testing.assert_allclose(narrow, wide, rtol=0, atol=2e-3 * float(np.abs(wide).max()))
     # Outputs and gradients are no numbers of float16: neither was rounded to it.
@@ -360,8 +382,8 @@ CAUGHT = []
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
-def test_planted_fault_is_caught(fault, source, tmp_path):
-    with planted(source, tmp_path, fault.file, fault.old, fault.new) as copy:
+def test_planted_fault_is_caught(fault, tmp_path):
+    with planted(tmp_path, fault.file, fault.old, fault.new) as copy:
         with pytest.raises(AssertionError):  # numbers that differ; any other error would be the fault's own
             fault.caught_by(copy)
         # The judge that users have sees it too, unless it is another function with the right gradient of it.
@@ -370,8 +392,8 @@ def test_planted_fault_is_caught(fault, source, tmp_path):
     CAUGHT.append(fault.what)
 
 
-def test_copy_without_a_fault_passes_every_check(source, tmp_path):
-    with planted(source, tmp_path) as copy:
+def test_copy_without_a_fault_passes_every_check(tmp_path):
+    with planted(tmp_path) as copy:
         for check in {fault.caught_by for fault in FAULTS}:
             check(copy)
 

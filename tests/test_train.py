@@ -11,7 +11,7 @@ import pytest
 
 import fnn
 from tests.properties import check_orders, check_steps, check_visits, orders
-from tests.strategies import Architecture, he_network, network_case, signs
+from tests.strategies import Architecture, drawn, network_case, signs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -24,7 +24,8 @@ SGD, ADAM = optax.sgd(0.1), optax.adam(0.05)
 def problem(N=40, dtype="float64", widths=(3, 8, 2)):
     """40 examples are five batches of 8; of 37 the last has 5, and its step is compiled too."""
     cost = fnn.cost(fnn.mlp(fnn.tanh), fnn.softmax_cross_entropy_with_integer_labels, l2=1e-4)
-    return cost, he_network(fnn, widths, dtype), signs(N, widths[0], dtype)
+    params = drawn(np.random.default_rng(1), widths, dtype=dtype)
+    return cost, params, signs(N, widths[0], dtype)
 
 
 def fit(cost, optimizer, params, data, **options):
