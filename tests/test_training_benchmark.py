@@ -1,6 +1,6 @@
 """The rows of the benchmark of training do the same work: `experiments/benchmarks/training.py`."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ pytest.importorskip("tyro")
 
 import fnn
 from experiments.benchmarks import training
+from experiments.benchmarks.timing import ratio_within
 from experiments.benchmarks.training import ROWS, Row, Size, Task
 
 WIDTHS = (5, 7, 7, 3)  # the hidden layers are equal, as Equinox's MLP has them
@@ -114,3 +115,15 @@ def test_a_missing_library_is_a_row(monkeypatch):
     lines = training.table("M", Size(WIDTHS, 12, 4, 1, 1, 1), "SGD", 1, 8, True).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["M, SGD", "fnn.fit", "another"]
     assert "not installed" in lines[2]
+
+
+def test_time_in_compiled_calls_is_a_part_of_a_run():
+    run = training.by_fit(make_task(4, "SGD", 1e-3)).run
+    run(1)
+    assert 0 < training.inside(partial(run, 30)) < 1
+
+
+def test_interval_of_a_median_ratio():
+    """Of 21 ratios the median, and the sixth from either end: P(at most 5 of 21 heads) is 1.3 %."""
+    times = np.stack([np.arange(1, 22)[::-1], np.ones(21)], axis=1)
+    assert ratio_within(times, 0, 1) == "11.000 (6.000-16.000)"

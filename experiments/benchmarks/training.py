@@ -33,7 +33,8 @@ middle half of the ratios within a round.
 
 "in turns" are the scans and `fit` once more, S and M, by themselves and in many more rounds, 60 unless
 --turns says otherwise: the median of a scan's time over fit's within a round, and where the median of endless
-rounds lies at 95 %. What `fit` takes beyond the scan of its own step is its overhead.
+rounds lies at 95 %. "outside" is what `fit` spends outside its compiled calls, of its time in the same run:
+its overhead, which no noise between two runs can hide.
 
 "alone" are the products of one epoch's steps, as `fit` asks for them but without what is between them, and
 the optimiser's updates of as many steps, each timed in the same rounds: what of the peak is missing is lost
@@ -60,6 +61,7 @@ times with Adam, where our products take 95 % of the time at 56 % of a peak that
 
 import argparse
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -68,6 +70,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +80,7 @@ import optax
 import fnn
 from experiments import digits
 from experiments.benchmarks.timing import ratio, ratio_within, rounds_of, seconds
+from fnn import runs
 from fnn.elementary import matmul, times_transposed, transposed
 from fnn.tables import aligned
 
@@ -494,16 +498,16 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     rows = [row for row in ROWS if name in row.sizes and (row.quick or not quick)]
     there = [row for row in rows if find_spec(row.needs)]
     epochs = [size.epochs * (size.compiled if row.compiled else 1) for row in there]
-    runs = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
+    trainings = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
     steps, of_a_step = size.N // size.batch_size, operations(size.widths, size.batch_size)
     squares = products(side) if name != "S" else {}
     parts = alone(task, steps) if name != "S" else {}
-    for run in [*runs, *parts.values(), *squares.values()]:
+    for run in [*trainings, *parts.values(), *squares.values()]:
         seconds(run)  # compiles
-    times = rounds_of([*runs, *parts.values(), *REPEATS * list(squares.values())], rounds)
-    times[:, : len(runs)] /= epochs  # seconds for an epoch
-    of_parts = np.median(times[:, len(runs) : len(runs) + len(parts)], axis=0)
-    best = times[:, len(runs) + len(parts) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
+    times = rounds_of([*trainings, *parts.values(), *REPEATS * list(squares.values())], rounds)
+    times[:, : len(trainings)] /= epochs  # seconds for an epoch
+    of_parts = np.median(times[:, len(trainings) : len(trainings) + len(parts)], axis=0)
+    best = times[:, len(trainings) + len(parts) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
     speeds = {key: 2 * side**3 / t for key, t in zip(squares, best, strict=True)}  # operations per second
     peaks = {dtype: max(speed for (d, _), speed in speeds.items() if d == dtype) for dtype, _ in speeds}
 
@@ -537,12 +541,32 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
 def in_turns(name: str, size: Size, optimizer: str, rounds: int) -> str:
     """The scans' time over that of `fit`, where a per cent matters."""
     task, rows = task_of(name, size, optimizer), ROWS[:3]
-    runs = [partial(row.of(task).run, size.epochs * size.compiled) for row in rows]
-    for run in runs:
+    trainings = [partial(row.of(task).run, size.epochs * size.compiled) for row in rows]
+    for run in trainings:
         seconds(run)  # compiles
-    times = rounds_of(runs, rounds)
+    times = rounds_of(trainings, rounds)
     scans = (f"{rows[i].name} {ratio_within(times, i, 0)}" for i in (1, 2))
-    return f"in turns, {rounds} rounds, time / fit's: {'; '.join(scans)}"
+    shares = 1 - np.array([inside(trainings[0]) for _ in range(rounds)])
+    low, median, high = np.quantile(shares, [0.25, 0.5, 0.75])
+    return (
+        f"in turns, {rounds} rounds, time / fit's: {'; '.join(scans)}\n"
+        f"outside, of fit's time: {median:.2%} ({low:.2%}-{high:.2%})"
+    )
+
+
+def inside(run: Callable[[], Any]) -> float:
+    """The part of a run of `fit` that its compiled calls take, until their numbers are on the host."""
+    spent, call = [], runs._InMemory._run
+
+    def timed(*arguments):
+        start = time.perf_counter()
+        result = call(*arguments)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    with mock.patch.object(runs._InMemory, "_run", timed):
+        whole = seconds(run)
+    return sum(spent) / whole
 
 
 def main() -> None:
