@@ -1,4 +1,4 @@
-"""The rows of the benchmark of training do the same work: `experiments/benchmarks/training.py`."""
+"""The rows of the benchmark of training do the same work; what its overhead is, is a part of a run."""
 
 from functools import cache, partial
 
@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import fnn
-from experiments.benchmarks import training
+from experiments.benchmarks import overhead, training
 from experiments.benchmarks.timing import ratio_within
 from experiments.benchmarks.training import ROWS, Row, Size, Task
 
@@ -120,7 +120,7 @@ def test_a_missing_library_is_a_row(monkeypatch):
 def test_time_in_compiled_calls_is_a_part_of_a_run():
     run = training.by_fit(make_task(4, "SGD", 1e-3)).run
     run(1)
-    assert 0 < training.inside(partial(run, 30)) < 1
+    assert 0 < overhead.inside(partial(run, 30)) < 1
 
 
 def test_interval_of_a_median_ratio():

@@ -31,11 +31,6 @@ compilation. In a round every row has its turn, in another order each time. Exam
 median of the rounds; "time / fit's" is the ratio of the medians, and in brackets the range that holds the
 middle half of the ratios within a round.
 
-"in turns" are the scans and `fit` once more, S and M, by themselves and in many more rounds, 60 unless
---turns says otherwise: the median of a scan's time over fit's within a round, and where the median of endless
-rounds lies at 95 %. "outside" is what `fit` spends outside its compiled calls, of its time in the same run:
-its overhead, which no noise between two runs can hide.
-
 "alone" are the products of one epoch's steps, as `fit` asks for them but without what is between them, and
 the optimiser's updates of as many steps, each timed in the same rounds: what of the peak is missing is lost
 within the products, in the optimiser, or in the rest.
@@ -61,7 +56,6 @@ times with Adam, where our products take 95 % of the time at 56 % of a peak that
 
 import argparse
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -70,7 +64,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +72,7 @@ import optax
 
 import fnn
 from experiments import digits
-from experiments.benchmarks.timing import ratio, ratio_within, rounds_of, seconds
-from fnn import runs
+from experiments.benchmarks.timing import ratio, rounds_of, seconds
 from fnn.elementary import matmul, times_transposed, transposed
 from fnn.tables import aligned
 
@@ -498,16 +490,16 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     rows = [row for row in ROWS if name in row.sizes and (row.quick or not quick)]
     there = [row for row in rows if find_spec(row.needs)]
     epochs = [size.epochs * (size.compiled if row.compiled else 1) for row in there]
-    trainings = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
+    runs = [partial(row.of(task).run, n) for row, n in zip(there, epochs, strict=True)]
     steps, of_a_step = size.N // size.batch_size, operations(size.widths, size.batch_size)
     squares = products(side) if name != "S" else {}
     parts = alone(task, steps) if name != "S" else {}
-    for run in [*trainings, *parts.values(), *squares.values()]:
+    for run in [*runs, *parts.values(), *squares.values()]:
         seconds(run)  # compiles
-    times = rounds_of([*trainings, *parts.values(), *REPEATS * list(squares.values())], rounds)
-    times[:, : len(trainings)] /= epochs  # seconds for an epoch
-    of_parts = np.median(times[:, len(trainings) : len(trainings) + len(parts)], axis=0)
-    best = times[:, len(trainings) + len(parts) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
+    times = rounds_of([*runs, *parts.values(), *REPEATS * list(squares.values())], rounds)
+    times[:, : len(runs)] /= epochs  # seconds for an epoch
+    of_parts = np.median(times[:, len(runs) : len(runs) + len(parts)], axis=0)
+    best = times[:, len(runs) + len(parts) :].reshape(rounds, REPEATS, len(squares)).min(axis=(0, 1))
     speeds = {key: 2 * side**3 / t for key, t in zip(squares, best, strict=True)}  # operations per second
     peaks = {dtype: max(speed for (d, _), speed in speeds.items() if d == dtype) for dtype, _ in speeds}
 
@@ -538,42 +530,10 @@ def table(name: str, size: Size, optimizer: str, rounds: int, side: int, quick: 
     return "\n".join(lines)
 
 
-def in_turns(name: str, size: Size, optimizer: str, rounds: int) -> str:
-    """The scans' time over that of `fit`, where a per cent matters."""
-    task, rows = task_of(name, size, optimizer), ROWS[:3]
-    trainings = [partial(row.of(task).run, size.epochs * size.compiled) for row in rows]
-    for run in trainings:
-        seconds(run)  # compiles
-    times = rounds_of(trainings, rounds)
-    scans = (f"{rows[i].name} {ratio_within(times, i, 0)}" for i in (1, 2))
-    shares = 1 - np.array([inside(trainings[0]) for _ in range(rounds)])
-    low, median, high = np.quantile(shares, [0.25, 0.5, 0.75])
-    return (
-        f"in turns, {rounds} rounds, time / fit's: {'; '.join(scans)}\n"
-        f"outside, of fit's time: {median:.2%} ({low:.2%}-{high:.2%})"
-    )
-
-
-def inside(run: Callable[[], Any]) -> float:
-    """The part of a run of `fit` that its compiled calls take, until their numbers are on the host."""
-    spent, call = [], runs._InMemory._run
-
-    def timed(*arguments):
-        start = time.perf_counter()
-        result = call(*arguments)
-        spent.append(time.perf_counter() - start)
-        return result
-
-    with mock.patch.object(runs._InMemory, "_run", timed):
-        whole = seconds(run)
-    return sum(spent) / whole
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3, help="at L; three times as many at S and M")
-    parser.add_argument("--turns", type=int, default=60, help="rounds of fit and the scans by themselves")
     parser.add_argument(
         "--quick", action="store_true", help="seconds: few steps, a small L, one round, no torch.compile"
     )
@@ -586,8 +546,6 @@ def main() -> None:
             size = sizes[name]
             rounds = 1 if flags.quick else size.times * flags.rounds
             parts.append(table(name, size, optimizer, rounds, side, flags.quick))
-            if name != "L":
-                parts[-1] += "\n" + in_turns(name, size, optimizer, 2 if flags.quick else flags.turns)
             print(parts[-1], end="\n\n", flush=True)
     cores = len(os.sched_getaffinity(0))
     device = f"{jax.devices()[0].platform}, {cores} core{'s' * (cores > 1)}"
