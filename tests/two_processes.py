@@ -17,6 +17,7 @@ import optax
 
 import fnn
 from experiments import distributed
+from experiments.distributed import Flags
 from fnn.processes import answers, check_agreed, of_first
 
 FLAGS = ["--widths", "32", "--epochs", "2", "--batch-size", "500", "--cpu-devices", "2"]
@@ -84,25 +85,13 @@ def uneven_batches(me: int) -> dict:
     }
 
 
-def raise_in_the_last(me: int) -> None:
-    """After its second epoch; the other has more to go than it ever comes to."""
-    cost, optimizer, params, data = problem()
-
-    def fail(report: fnn.EpochReport) -> None:
-        if me == 1 and report.epoch == 2:
-            raise RuntimeError("of the last process")
-
-    options: Any = dict(key=jax.random.key(0), epochs=1_000_000, batch_size=8, progress=False)
-    fnn.fit(cost, optimizer, params, data, layout=fnn.data_parallel(), callbacks=[fail], **options)
-
-
 def main(folder: Path, process: str, port: str) -> None:
     me = int(process)
     join = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", process]
     the_experiment(folder, join)
     found = {**answers_of_all(me), "refused": refused(me), "uneven": uneven_batches(me)}
     (folder / f"{me}.json").write_text(json.dumps(found))
-    raise_in_the_last(me)
+    distributed.run(Flags(widths=(32,), batch_size=500, epochs=1000, fail_at=2))
 
 
 if __name__ == "__main__":

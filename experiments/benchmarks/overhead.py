@@ -1,6 +1,6 @@
 """What does `fit` take beyond the steps themselves: its calls, checks and numbers?
 
-    python -m experiments.benchmarks.overhead       (6 minutes on two cores; --help lists the flags)
+    python -m experiments.benchmarks.overhead       (8 minutes on two cores; --help lists the flags)
 
 The trainings S and M of experiments/benchmarks/training.py, with Adam and SGD:
 
@@ -63,7 +63,7 @@ def row(name: str, quick: bool, optimizer: str, rounds: int) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--quick", action="store_true", help="seconds: short runs, two rounds")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".txt"), help="the table")
     flags = parser.parse_args()
