@@ -52,6 +52,7 @@ from .train import (
     Metric,
     Record,
     TrainState,
+    copied,
     epoch_numbers,
     first_state,
     scan_epoch,
@@ -62,6 +63,7 @@ from .train import (
 
 SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar
 EPOCHS, ROW_BYTES = 256, 2**24  # and their largest number, and what their numbers may take in memory
+KEPT_SECONDS = 10.0  # that a run which diverges goes back at most; a copy of a large state takes 0.1 of them
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient after which skipping is no help
 
 
@@ -210,9 +212,8 @@ class Advance(NamedTuple):
     """What came of some epochs."""
 
     state: TrainState
-    before: TrainState  # the epoch in which it diverged, if it did: what is left then
-    done: int  # epochs, the one that is not finite included; 0 at the end of a stream
-    is_finite: bool
+    before: TrainState | None  # the last epoch, if that is not finite: what is left then
+    done: int  # epochs; 0 at the end of a stream
     rows: Rows  # of `done` epochs, or more, along a first axis
 
 
@@ -234,8 +235,11 @@ class Source(Protocol):
         """Arrays, or their shapes, of the numbers of an epoch."""
         ...
 
-    def advance(self, state: TrainState, n: int) -> Advance:
-        """At most n epochs from here, until one is not finite."""
+    def advance(self, state: TrainState, n: int, keep: bool) -> Advance:
+        """At most n epochs from here, until one is not finite.
+
+        keep: `state` as it is, to begin again from where an epoch diverges; else its memory may be reused
+        """
         ...
 
     def explain(self, advance: Advance, epoch: int) -> str:
@@ -304,25 +308,28 @@ def follow(
     sizes = {"steps": source.steps, "examples": source.examples}
     bar = progress_bar(epochs, names, show=progress and is_first, **sizes)
     with bar as show, catch as is_terminated:
-        at_once, calls, ends = 1, 0, False
+        at_once, calls, ends, keep, kept_at = 1, 0, False, True, 0.0
         while (epochs is None or epoch < epochs) and not stopped and not ends:
             start = time.perf_counter()
-            advance = source.advance(state, at_once if epochs is None else min(at_once, epochs - epoch))
+            kept_at = start if keep else kept_at
+            n = at_once if epochs is None else min(at_once, epochs - epoch)
+            advance = source.advance(state, n, keep)
             state = advance.state
             if not advance.done:  # the stream has ended
                 break
-            good = advance.done - (not advance.is_finite)
+            good = advance.done - (advance.before is not None)
             numbers.add(advance.rows, good, (time.perf_counter() - start) / advance.done)
-            if not advance.is_finite:
+            if advance.before is not None:
                 message = source.explain(advance, epoch + good + 1)
                 raise DivergenceError(message, history(advance.before.params if best is None else best[1]))
             for _ in range(good):
                 epoch += 1
                 show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1], numbers.seconds[-1])
             if watches:  # an epoch for each call
+                params = copied(state.params)  # those of the state do not last
                 if early_stopping and numbers.is_best(early_stopping, best and best[0]):
-                    best = epoch, state.params
-                report = numbers.report(int(state.step), state.params)
+                    best = epoch, params
+                report = numbers.report(int(state.step), params)
                 stopped = any([callback(report) is True for callback in callbacks])
                 if early_stopping and best and epoch - best[0] >= early_stopping.patience:
                     stopped = True
@@ -330,12 +337,12 @@ def follow(
                 in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
                 at_once = max(1, min(in_time, 4 * at_once, len(advance.rows.costs)))
             calls += 1
-            del advance  # and with it the state before
             # What a clock, a signal or a callback says may differ between processes.
             is_due = folder is not None and folder.is_due
-            everyone = ask(at_once, is_terminated(), is_due, stopped)
+            is_old = time.perf_counter() - kept_at > KEPT_SECONDS
+            everyone = ask(at_once, is_terminated(), is_due, stopped, is_old)
             at_once = int(everyone[0, 0])
-            ends, is_due, stopped = (bool(column.any()) for column in everyone[:, 1:].T)
+            ends, is_due, stopped, keep = (bool(column.any()) for column in everyone[:, 1:].T)
             if is_due and not ends:
                 save()
         if calls:
@@ -373,7 +380,7 @@ def check_early_stopping(rule: Any, names: Sequence[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _InMemory:
     """Epochs over data that the devices have whole."""
 
@@ -385,6 +392,8 @@ class _InMemory:
     skips: bool
     run_epoch: Callable[..., Any]
     run_epochs: Callable[..., Any]
+    _kept: TrainState | None = None
+    _since: int = 0  # epochs
 
     @property
     def examples(self) -> int:
@@ -397,24 +406,31 @@ class _InMemory:
     def row(self, state: TrainState) -> Rows:
         return jax.eval_shape(self.run_epoch, state, self.data, self.validation)[1]
 
-    def advance(self, state: TrainState, n: int) -> Advance:
-        after, is_finite, rows = self._run(state, n)
+    def advance(self, state: TrainState, n: int, keep: bool) -> Advance:
+        if keep:
+            self._kept, self._since = state, 0
+            state = copied(state)
+        state, is_finite, rows = self._run(state, n)
         done = min(n, len(rows.costs))
-        if is_finite or done == 1:
-            return Advance(after, state, done, is_finite, rows)
-        # Somewhere in these: the same epochs again, one by one.
-        del after
-        before, each = state, []
-        for _ in range(done):
-            before = state
-            state, is_finite, rows = self._run(before, 1)
+        if is_finite:
+            self._since += done
+            return Advance(state, None, done, rows)
+        # Somewhere in these: from the state that was kept again, and these one by one.
+        state, left = copied(self._kept), self._since
+        while left:
+            state, _, rows = self._run(state, left)
+            left -= min(left, len(rows.costs))
+        before, each = None, []
+        while not before and len(each) < done:
+            at_beginning = copied(state)
+            state, is_finite, rows = self._run(state, 1)
             each.append(jax.tree.map(lambda x: x[:1], rows))
-            if not is_finite:
-                break
-        rows = jax.tree.map(lambda *x: np.concatenate(x), *each)
-        return Advance(state, before, len(each), is_finite, rows)
+            before = None if is_finite else at_beginning
+        self._since += len(each)
+        return Advance(state, before, len(each), jax.tree.map(lambda *x: np.concatenate(x), *each))
 
     def _run(self, state: TrainState, n: int) -> tuple[TrainState, bool, Rows]:
+        """n epochs at most. The memory of `state` is reused."""
         after, *rest = self.run_epochs(state, self.data, self.validation, np.int32(n))
         is_finite, rows = jax.device_get(rest)
         return after, bool(is_finite), rows
@@ -435,7 +451,7 @@ def compiled_epochs(cost, optimizer, metrics, record, batch_size, skips, layout)
     epoch = partial(_epoch, cost, optimizer, metrics, record, batch_size, skips, layout)
     if layout is not None:
         epoch = partitioned()(epoch)
-    return epoch, jax.jit(partial(_epochs, epoch, skips))
+    return epoch, jax.jit(partial(_epochs, epoch, skips), donate_argnums=0)
 
 
 def _epochs(
@@ -448,8 +464,7 @@ def _epochs(
 ) -> tuple[TrainState, Array, Rows]:
     """n epochs, or as many as there are rows for their numbers.
 
-    Returns the state, whether all is finite, and the rows. The memory of `state` is not reused: it is what a
-    run that is not finite begins again from.
+    Returns the state, whether all is finite, and the rows.
     """
     _, row = jax.eval_shape(epoch, state, data, validation)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))

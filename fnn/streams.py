@@ -375,8 +375,8 @@ class _Stream:
     def _held_out_shapes(self, state: TrainState) -> list[Any]:
         return [] if self.validation is None else jax.eval_shape(self.evaluate, state.params, self.validation)
 
-    def advance(self, state: TrainState, n: int) -> Advance:
-        """One epoch, as at its end the host has work in any case."""
+    def advance(self, state: TrainState, n: int, keep: bool) -> Advance:
+        """One epoch, as at its end the host has work in any case. It keeps the states that it needs."""
         if not self._has_begun:
             self._has_begun = True
             self.reader.start(int(state.step))
@@ -393,13 +393,13 @@ class _Stream:
             if not is_finite:
                 self._bad = before, chunk, some, steps
                 rows = Rows(some[None], [], [np.zeros(1)], [np.zeros(1)])
-                return Advance(state, at_beginning, 1, False, rows)
+                return Advance(state, at_beginning, 1, rows)
             costs.append(some)
             sizes += [chunk[0].shape[1]] * len(group)
             records.append(recorded)
             steps += len(group)
         if not steps:
-            return Advance(state, state, 0, True, Rows(np.zeros((0, 0)), [], [], []))
+            return Advance(state, None, 0, Rows(np.zeros((0, 0)), [], [], []))
         held_out = []
         if self.validation is not None:
             held_out = jax.device_get(self.evaluate(state.params, self.validation))
@@ -407,7 +407,7 @@ class _Stream:
         recorded = jax.tree.map(lambda *x: np.concatenate(x)[None], *records)
         train = [_mean_cost(everything, np.array(sizes), self.skips)]
         rows = Rows(everything[None], recorded, [np.array([c]) for c in train], [c[None] for c in held_out])
-        return Advance(state, state, 1, True, rows)
+        return Advance(state, None, 1, rows)
 
     def _take(self) -> None:
         """The next group, placed on the devices: as many steps as every process has."""

@@ -44,7 +44,12 @@ def train_state(optimizer: optax.GradientTransformation, params: Any, key: Array
     Every array is a copy of its own, as `train_epoch` reuses the memory of the state that it gets, and
     optimisers such as `optax.lbfgs` begin with the parameters themselves in their state.
     """
-    return jax.tree.map(partial(jnp.array, copy=True), first_state(optimizer, params, key))
+    return copied(first_state(optimizer, params, key))
+
+
+def copied(tree: Any) -> Any:
+    """Every array in memory of its own, where it was placed."""
+    return jax.tree.map(partial(jnp.array, copy=True), tree)
 
 
 def first_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:

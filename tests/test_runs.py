@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import fnn
+from fnn import runs
 from tests.test_train import ADAM, assert_equal, count_compilations, fit, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -179,6 +181,35 @@ def diverging(activation, loss, rate, scale=1.0):
     with pytest.raises(fnn.DivergenceError) as error:
         fit(fnn.cost(fnn.mlp(activation), loss), optax.sgd(rate), params, (X, X[:, :2]))
     return str(error.value)
+
+
+@pytest.mark.parametrize("watched", (False, True))
+def test_divergence_is_the_same_however_long_ago_the_state_was_kept(monkeypatch, watched):
+    """After every call, which with a callback is one epoch, or once, before the first."""
+    cost, params, (X, _) = problem()
+    cost = fnn.cost(cost.net, fnn.squared_error)
+    growing = optax.sgd(optax.exponential_decay(1e-3, transition_steps=4, decay_rate=2.0))
+    options: dict[str, Any] = dict(epochs=100, callbacks=[lambda report: None] if watched else [])
+    errors = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(runs, "KEPT_SECONDS", seconds)
+        with pytest.raises(fnn.DivergenceError) as error:
+            fit(cost, growing, params, (X, 3 * X[:, :2]), **options)
+        errors.append(error.value)
+    kept, replayed = errors
+    assert str(kept) == str(replayed)
+    assert 3 < len(kept.history.train["cost"]) == len(replayed.history.train["cost"])
+    assert_equal(kept.history.params, replayed.history.params)
+    assert_equal(kept.history.train, replayed.history.train)
+
+
+def test_a_call_reuses_the_memory_of_the_state():
+    cost, params, data = problem()
+    state = fnn.train_state(ADAM, params, jax.random.key(2))
+    _, run = runs.compiled_epochs(cost, ADAM, (), (), 8, False, None)
+    memory: Any = run.lower(state, data, None, np.int32(1)).compile().memory_analysis()
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))))
+    assert memory.alias_size_in_bytes == whole
 
 
 def test_divergence_names_the_first_quantity_that_is_not_finite():
