@@ -88,17 +88,43 @@ def _by_rows(x: Array) -> Array:
     return with_layout_constraint(x, Layout((0, 1)))
 
 
-_is_partitioned = ContextVar("is_partitioned", default=False)
+_is_partitioned, _is_step = ContextVar("is_partitioned", default=False), ContextVar("is_step", default=False)
 
 
 @contextmanager
 def partitioned() -> Iterator[None]:
     """Around the tracing of what XLA splits over devices: an array with a layout to keep it would gather."""
-    token = _is_partitioned.set(True)
+    with _set(_is_partitioned):
+        yield
+
+
+@contextmanager
+def step_in_place() -> Iterator[None]:
+    """Around the tracing of a gradient from which parameters are updated in their own memory: see `after`."""
+    with _set(_is_step):
+        yield
+
+
+@contextmanager
+def _set(variable: ContextVar[bool]) -> Iterator[None]:
+    token = variable.set(True)
     try:
         yield
     finally:
-        _is_partitioned.reset(token)
+        variable.reset(token)
+
+
+def after(x: Array, other: Array) -> Array:
+    """x as it is; in a step XLA computes it after `other`, as no number is both below and above 0.
+
+    XLA sees no order between the product δ^l W^l and the update of W^l, in W's own memory, from its gradient,
+    and so copies W^l first; not if the gradient is known after δ^{l-1}. A barrier would be gone by then.
+    Elsewhere the selection would take memory and time: what computes a gradient could not write it in place.
+    """
+    if not _is_step.get() or _is_partitioned.get() or not other.size:  # a number of a split array is sent
+        return x
+    number = other[(0,) * other.ndim]
+    return jnp.where((number < 0) & (number > 0), 0, x)
 
 
 def scaled(x: Array, scale: float) -> Array:

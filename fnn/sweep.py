@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .elementary import matmul, scaled, transposed, widened
+from .elementary import after, matmul, scaled, transposed, widened
 from .feedback import DirectFeedback, check_feedback
 from .params import Layer, Params
 from .rules import RuleLike
@@ -214,9 +214,11 @@ def layer_gradients(
     The sums are in at least 32 bits, and rounded once: to `dtype`, by default that of the inputs.
     """
     layers = []
-    for A, delta, has_b in zip(inputs, errors, has_bias, strict=True):
+    for A, delta, has_b, delta_below in zip(inputs, errors, has_bias, (None, *errors), strict=False):
         A, delta = jnp.atleast_2d(A), jnp.atleast_2d(delta)  # a single example is a batch of one
         W_bar, b_bar = matmul(transposed(delta), A), widened(delta).sum(axis=0) if has_b else None
+        if delta_below is not None:  # which W^l is needed for
+            W_bar = after(W_bar, delta_below)
         W_bar, b_bar = jax.tree.map(lambda x: scaled(x, scale).astype(dtype or A.dtype), (W_bar, b_bar))
         layers.append(Layer(W=W_bar, b=b_bar))
     return tuple(layers)

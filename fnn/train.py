@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float
 
 from .arguments import check_batches, check_optimizer
-from .elementary import widened
+from .elementary import after, step_in_place, widened
 from .params import _outline, check_key, check_not_narrowed
 from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
 from .sweep import Sweep, backprop, mean_gradient
@@ -83,7 +83,8 @@ def train_step(
             "train_step: state needs to be a TrainState, as fnn.train_state makes, "
             f"got {type(state).__name__}."
         )
-    C, gradient = value_and_grad(cost)(state.params, *batch)
+    with step_in_place():
+        C, gradient = value_and_grad(cost)(state.params, *batch)
     return _update(cost, optimizer, state, C, gradient, *batch), C
 
 
@@ -95,7 +96,8 @@ def recorded_step(cost, optimizer, record, layout, state, *batch):
     sweep = backprop(cost, state.params, *batch)
     C = cost.forward(state.params, *batch)[0]  # the same forward pass: compiled code has it once
     pairs = sweep if layout is None else layout.with_factors_gathered(sweep)
-    gradient = mean_gradient(pairs) if len(batch) == 2 else gradient_of(pairs)
+    with step_in_place():
+        gradient = mean_gradient(pairs) if len(batch) == 2 else gradient_of(pairs)
     return _update(cost, optimizer, state, C, gradient, *batch), (C, [function(sweep) for function in record])
 
 
@@ -114,6 +116,8 @@ def step_with_rows(cost: RuleLike, optimizer: Any, record: Sequence[Record], lay
 def _update(cost, optimizer, state, C, gradient, *batch):
     """The state after a step of the optimiser from this gradient."""
     value_of = as_custom_vjp(cost)
+    with step_in_place():  # a penalty reads the weights
+        gradient = jax.tree.map(lambda leaf: after(leaf, C), gradient)
     updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
         gradient,
         state.optimizer_state,

@@ -282,10 +282,11 @@ def check_visits(fnn, N, batch_size):
         lambda p, X, y: (-jnp.sum(p[X]), (p, X)),
         lambda residuals, C_bar: (jnp.zeros_like(residuals[0]).at[residuals[1]].add(-C_bar), None, None),
     )
-    state = fnn.train_state(optax.sgd(1.0), jnp.zeros(N), jax.random.key(0))
+    optimizer = optax.sgd(1.0)
+    state = fnn.train_state(optimizer, jnp.zeros(N), jax.random.key(0))
     steps = -(-N // batch_size)
     for epoch in (1, 2):
-        state, costs = fnn.train_epoch(visits, optax.sgd(1.0), state, numbered(N), batch_size)
+        state, costs = fnn.train_epoch(visits, optimizer, state, numbered(N), batch_size)
         assert costs.shape == (steps,)
         np.testing.assert_array_equal(state.params, epoch)
     assert state.step == 2 * steps
