@@ -31,6 +31,7 @@ F = TypeVar("F", bound=Callable)
 Number = Array | float
 Parts = tuple[Number, Number]  # high + low: high has half of the dtype's digits, so that high·high is exact
 SMALL = 1024  # numbers in a matrix, whose copy is cheaper than what its product gains by it
+LARGE = 2**15  # numbers in an array, of which a copy costs more than a selection
 
 
 def rounded_once(function: F) -> F:
@@ -115,13 +116,14 @@ def _set(variable: ContextVar[bool]) -> Iterator[None]:
 
 
 def after(x: Array, other: Array) -> Array:
-    """x as it is; in a step XLA computes it after `other`, as no number is both below and above 0.
+    """x as it is; in a step XLA computes a large one after `other`, as no number is both below and above 0.
 
     XLA sees no order between the product δ^l W^l and the update of W^l, in W's own memory, from its gradient,
     and so copies W^l first; not if the gradient is known after δ^{l-1}. A barrier would be gone by then.
     Elsewhere the selection would take memory and time: what computes a gradient could not write it in place.
     """
-    if not _is_step.get() or _is_partitioned.get() or not other.size:  # a number of a split array is sent
+    is_split = _is_partitioned.get()  # then one of its numbers would have to be sent
+    if not _is_step.get() or is_split or x.size < LARGE or not other.size:
         return x
     number = other[(0,) * other.ndim]
     return jnp.where((number < 0) & (number > 0), 0, x)
