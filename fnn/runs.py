@@ -4,7 +4,8 @@ An epoch and its evaluation are one compiled program, and a loop over epochs aro
 as many as take about a fifth of a second go by in one call, then the host looks at their numbers. So a small
 network's run is half a per cent longer than its calls (experiments/benchmarks/overhead.py), and a large one
 is looked at after every epoch. The number of epochs in a call is an argument of the program, so that a run of
-any length compiles once, and how epochs are grouped changes no number.
+any length compiles once, and how epochs are grouped changes no number. A call writes the state where it was;
+where one diverges, its epoch is found from a copy that is made every ten seconds.
 """
 
 import os
