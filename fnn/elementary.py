@@ -115,7 +115,7 @@ def _set(variable: ContextVar[bool]) -> Iterator[None]:
         variable.reset(token)
 
 
-def after(x: Array, other: Array) -> Array:
+def after(x: Any, other: Any) -> Any:
     """x as it is; in a step XLA computes a large one after `other`, as no number is both below and above 0.
 
     XLA sees no order between the product δ^l W^l and the update of W^l, in W's own memory, from its gradient,
@@ -123,9 +123,9 @@ def after(x: Array, other: Array) -> Array:
     Elsewhere the selection would take memory and time: what computes a gradient could not write it in place.
     """
     is_split = _is_partitioned.get()  # then one of its numbers would have to be sent
-    if not _is_step.get() or is_split or x.size < LARGE or not other.size:
+    if not _is_step.get() or is_split or jnp.size(x) < LARGE or not jnp.size(other):
         return x
-    number = other[(0,) * other.ndim]
+    number = jnp.ravel(other)[0]
     return jnp.where((number < 0) & (number > 0), 0, x)
 
 

@@ -5,7 +5,7 @@ as many as take about a fifth of a second go by in one call, then the host looks
 network's run is half a per cent longer than its calls (experiments/benchmarks/overhead.py), and a large one
 is looked at after every epoch. The number of epochs in a call is an argument of the program, so that a run of
 any length compiles once, and how epochs are grouped changes no number. A call writes the state where it was;
-where one diverges, its epoch is found from a copy that is made every ten seconds.
+the epoch that diverges is found from a copy, made anew after the first call that ends ten seconds later.
 """
 
 import os
@@ -64,7 +64,7 @@ from .train import (
 
 SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar
 EPOCHS, ROW_BYTES = 256, 2**24  # and their largest number, and what their numbers may take in memory
-KEPT_SECONDS = 10.0  # that a run which diverges goes back at most; a copy of a large state takes 0.1 of them
+KEPT_SECONDS = 10.0  # until the state is copied anew: a copy of 300 MB takes 0.1 s
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient after which skipping is no help
 
 
@@ -213,8 +213,9 @@ class Advance(NamedTuple):
     """What came of some epochs."""
 
     state: TrainState
-    before: TrainState | None  # the last epoch, if that is not finite: what is left then
+    before: TrainState | None  # the last of these epochs, if that is not finite
     done: int  # epochs; 0 at the end of a stream
+    seconds: float  # for each, without a search for the one that is not finite
     rows: Rows  # of `done` epochs, or more, along a first axis
 
 
@@ -239,7 +240,8 @@ class Source(Protocol):
     def advance(self, state: TrainState, n: int, keep: bool) -> Advance:
         """At most n epochs from here, until one is not finite.
 
-        keep: `state` as it is, to begin again from where an epoch diverges; else its memory may be reused
+        keep: to begin again from `state` where an epoch diverges, and not to reuse its memory, which before
+            the first epoch is in part the caller's
         """
         ...
 
@@ -311,15 +313,14 @@ def follow(
     with bar as show, catch as is_terminated:
         at_once, calls, ends, keep, kept_at = 1, 0, False, True, 0.0
         while (epochs is None or epoch < epochs) and not stopped and not ends:
-            start = time.perf_counter()
-            kept_at = start if keep else kept_at
+            kept_at = time.perf_counter() if keep else kept_at
             n = at_once if epochs is None else min(at_once, epochs - epoch)
             advance = source.advance(state, n, keep)
             state = advance.state
             if not advance.done:  # the stream has ended
                 break
             good = advance.done - (advance.before is not None)
-            numbers.add(advance.rows, good, (time.perf_counter() - start) / advance.done)
+            numbers.add(advance.rows, good, advance.seconds)
             if advance.before is not None:
                 message = source.explain(advance, epoch + good + 1)
                 raise DivergenceError(message, history(advance.before.params if best is None else best[1]))
@@ -327,8 +328,9 @@ def follow(
                 epoch += 1
                 show(epoch, numbers.train[epoch - 1], numbers.validation[epoch - 1], numbers.seconds[-1])
             if watches:  # an epoch for each call
-                params = copied(state.params)  # those of the state do not last
-                if early_stopping and numbers.is_best(early_stopping, best and best[0]):
+                is_best = early_stopping and numbers.is_best(early_stopping, best and best[0])
+                params = copied(state.params) if is_best or callbacks else None  # the state's do not last
+                if is_best:
                     best = epoch, params
                 report = numbers.report(int(state.step), params)
                 stopped = any([callback(report) is True for callback in callbacks])
@@ -408,27 +410,31 @@ class _InMemory:
         return jax.eval_shape(self.run_epoch, state, self.data, self.validation)[1]
 
     def advance(self, state: TrainState, n: int, keep: bool) -> Advance:
+        start = time.perf_counter()
         if keep:
             self._kept, self._since = state, 0
             state = copied(state)
         state, is_finite, rows = self._run(state, n)
         done = min(n, len(rows.costs))
+        seconds = (time.perf_counter() - start) / done
         if is_finite:
             self._since += done
-            return Advance(state, None, done, rows)
+            return Advance(state, None, done, seconds, rows)
         # Somewhere in these: from the state that was kept again, and these one by one.
-        state, left = copied(self._kept), self._since
-        while left:
-            state, _, rows = self._run(state, left)
+        state, left, is_finite = copied(self._kept), self._since, True
+        while left and is_finite:
+            state, is_finite, rows = self._run(state, left)
             left -= min(left, len(rows.costs))
         before, each = None, []
         while not before and len(each) < done:
-            at_beginning = copied(state)
+            # Where sums depend on the order of threads, it may diverge before it did.
+            at_beginning = copied(state) if is_finite else self._kept
             state, is_finite, rows = self._run(state, 1)
             each.append(jax.tree.map(lambda x: x[:1], rows))
             before = None if is_finite else at_beginning
         self._since += len(each)
-        return Advance(state, before, len(each), jax.tree.map(lambda *x: np.concatenate(x), *each))
+        rows = jax.tree.map(lambda *x: np.concatenate(x), *each)
+        return Advance(state, before, len(each), seconds, rows)
 
     def _run(self, state: TrainState, n: int) -> tuple[TrainState, bool, Rows]:
         """n epochs at most. The memory of `state` is reused."""

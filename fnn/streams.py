@@ -8,6 +8,7 @@ which only the rows of a batch need to be in memory.
 
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -381,7 +382,7 @@ class _Stream:
             self._has_begun = True
             self.reader.start(int(state.step))
             self._take()
-        costs, sizes, records, steps = [], [], [], 0
+        costs, sizes, records, steps, start = [], [], [], 0, time.perf_counter()
         at_beginning = state._replace(optimizer_state=None)  # what is left if this epoch diverges
         while steps < self.steps and not self.has_ended:
             if self._error is not None:
@@ -393,13 +394,13 @@ class _Stream:
             if not is_finite:
                 self._bad = before, chunk, some, steps
                 rows = Rows(some[None], [], [np.zeros(1)], [np.zeros(1)])
-                return Advance(state, at_beginning, 1, rows)
+                return Advance(state, at_beginning, 1, 0.0, rows)
             costs.append(some)
             sizes += [chunk[0].shape[1]] * len(group)
             records.append(recorded)
             steps += len(group)
         if not steps:
-            return Advance(state, None, 0, Rows(np.zeros((0, 0)), [], [], []))
+            return Advance(state, None, 0, 0.0, Rows(np.zeros((0, 0)), [], [], []))
         held_out = []
         if self.validation is not None:
             held_out = jax.device_get(self.evaluate(state.params, self.validation))
@@ -407,7 +408,7 @@ class _Stream:
         recorded = jax.tree.map(lambda *x: np.concatenate(x)[None], *records)
         train = [_mean_cost(everything, np.array(sizes), self.skips)]
         rows = Rows(everything[None], recorded, [np.array([c]) for c in train], [c[None] for c in held_out])
-        return Advance(state, None, 1, rows)
+        return Advance(state, None, 1, time.perf_counter() - start, rows)
 
     def _take(self) -> None:
         """The next group, placed on the devices: as many steps as every process has."""

@@ -214,7 +214,7 @@ def layer_gradients(
     The sums are in at least 32 bits, and rounded once: to `dtype`, by default that of the inputs.
     """
     layers = []
-    for A, delta, has_b, delta_below in zip(inputs, errors, has_bias, (None, *errors), strict=False):
+    for A, delta, has_b, delta_below in zip(inputs, errors, has_bias, (None, *errors[:-1]), strict=True):
         A, delta = jnp.atleast_2d(A), jnp.atleast_2d(delta)  # a single example is a batch of one
         W_bar, b_bar = matmul(transposed(delta), A), widened(delta).sum(axis=0) if has_b else None
         if delta_below is not None:  # which W^l is needed for

@@ -53,7 +53,7 @@ def copied(tree: Any) -> Any:
 
 
 def first_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
-    """Likewise without copies, for calls that do not reuse its memory."""
+    """Likewise without copies: some of its arrays may be the caller's, whose memory is not to be reused."""
     check_optimizer("train_state", optimizer)
     check_key("train_state", key)
     for path, leaf in jax.tree.leaves_with_path(params):

@@ -69,6 +69,13 @@ def test_steps_are_the_optimisers_own_on_the_gradients_of_autodiff():
     check_steps(fnn, network_case(fnn, Architecture(weighted=True, l2=0.1)))
 
 
+def test_a_pullback_may_return_a_number_of_python():
+    X = jnp.arange(40.0).reshape(40, 1)
+    rule = fnn.Rule(lambda p, X, y: (2 * p, None), lambda residuals, C_bar: (2.0, None, None))
+    history = fit(rule, SGD, jnp.zeros((), "float64"), (X, X[:, 0]), epochs=1)
+    np.testing.assert_allclose(history.params, -5 * 0.1 * 2)
+
+
 def test_step_is_the_optimisers_on_the_hand_written_gradient():
     cost, params, (X, y) = problem()
     optimizer = SGD
