@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Callable)
 Number = Array | float
 Parts = tuple[Number, Number]  # high + low: high has half of the dtype's digits, so that high·high is exact
 SMALL = 1024  # numbers in a matrix, whose copy is cheaper than what its product gains by it
-LARGE = 2**15  # numbers in an array, of which a copy costs more than a selection
+LARGE = 2**15  # numbers in an array: between 4,096, of which a selection costs more than a copy, and 2^18
 
 
 def rounded_once(function: F) -> F:

@@ -64,7 +64,7 @@ from .train import (
 
 SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar
 EPOCHS, ROW_BYTES = 256, 2**24  # and their largest number, and what their numbers may take in memory
-KEPT_SECONDS = 10.0  # until the state is copied anew: a copy of 300 MB takes 0.1 s
+KEPT_SECONDS = 10.0  # until the state is copied anew: often would cost, late a divergence would replay long
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient after which skipping is no help
 
 
