@@ -49,9 +49,9 @@ jax.grad's step or of its own: its calls, checks and numbers do not show. At M i
 (SGD) of the rate of jax.grad's scan, 2.1 to 2.7 times PyTorch's, and 63 to 73 % of the peak. At L it has
 0.96 and 1.00 of the scan's rate, with the checks and the copy of the state at its start; 81 to 82 % of the
 peak; and 2.0 and 2.2 times the rate of PyTorch's best, whose products reach half of XLA's peak on this
-processor. Where both reach the same, the distance is smaller. Products in bfloat16 make `fit` 1.2 to 1.3 times
-as fast at M and 1.6 to 1.7 times at L, and jax.grad's scan slower; that is 1.3 times the rate of PyTorch's best
-in bfloat16 at M, and 1.16 (Adam) and 1.08 (SGD) at L.
+processor. Where both reach the same, the distance is smaller. Products in bfloat16 make `fit` 1.2 to 1.3
+times as fast at M and 1.6 to 1.7 times at L, and jax.grad's scan slower; that is 1.3 times the rate of
+PyTorch's best in bfloat16 at M, and 1.16 (Adam) and 1.08 (SGD) at L.
 """
 
 import argparse
