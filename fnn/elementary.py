@@ -295,6 +295,25 @@ def sum_of_others(v: Array) -> Array:
 
 def shifted_exponentials(Z: Array) -> tuple[Array, Array]:
     """(d, e): d_k = z_k - max z over the last axis, rounded, and e_k = exp(z_k - max z) ≤ 1 without that."""
-    d, low = difference(Z, jnp.broadcast_to(jnp.max(Z, axis=-1, keepdims=True), Z.shape))
+    d, low = difference(Z, jnp.broadcast_to(_maximum(Z), Z.shape))
     m, scale = scaled_exp(d, low)
     return d, m * scale
+
+
+@jax.custom_jvp
+def _maximum(Z: Array) -> Array:
+    """max z over the last axis, which is kept. Its slope is 1 at the first of the largest z_k.
+
+    JAX shares it among the z_k that equal the maximum. Where XLA computes z once rounded and once within a
+    fused multiply-add there may be none, and JAX divides by their number. What is exp of z - max z, over the
+    sum of all, has the same derivative by either.
+    """
+    return jnp.max(Z, axis=-1, keepdims=True)
+
+
+@_maximum.defjvp
+def _maximum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (Z,), (Z_dot,) = primals, tangents
+    index = jnp.argmax(Z, axis=-1, keepdims=True)
+    is_first = jax.lax.broadcasted_iota(index.dtype, Z.shape, Z.ndim - 1) == index
+    return _maximum(Z), jnp.sum(Z_dot, axis=-1, keepdims=True, where=is_first)

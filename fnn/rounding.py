@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
+from .hashing import hashed
+
 # What moves, compares or selects numbers, and so rounds nothing; negation and abs are exact too.
 EXACT = frozenset(
     "abs and argmax argmin broadcast broadcast_in_dim ceil clamp concatenate copy copy_p cummax cummin "
@@ -27,6 +29,7 @@ EXACT = frozenset(
     "reduce_or reshape rev round scatter select_n sign slice sort split squeeze stop_gradient transpose "
     "xor".split()
 )
+NO_USERS = str(Path(jax.__file__).parent), str(Path(__file__).with_name("elementary.py"))  # files of rules
 SUMS = frozenset("reduce_sum dot_general conv_general_dilated cumsum scatter-add reduce_window_sum".split())
 
 
@@ -57,14 +60,12 @@ def random_factors(rng: np.random.Generator, avals: Sequence[Any], samples: int)
 def hashed_factors(seed: Any, avals: Sequence[Any]) -> list[Any]:
     """Factors for one run of `noisy`, made inside a compiled program: as large as they are, none is stored.
 
-    The sign is a bit of the hashed position. Source: Appleby's MurmurHash3 (2011), its 32-bit finaliser.
+    The sign is a bit of the hashed position.
     """
     dealt = []
     for n, aval in enumerate(avals):
         salt = (jnp.asarray(seed, jnp.uint32) + jnp.uint32(977 * n + 1)) * jnp.uint32(0x9E3779B9)
-        bits = jax.lax.iota(jnp.uint32, int(np.prod(aval.shape))) + salt
-        for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            bits = (bits ^ (bits >> jnp.uint32(shift))) * jnp.uint32(odd)
+        bits = hashed(jax.lax.iota(jnp.uint32, int(np.prod(aval.shape))) + salt)
         eps = float(jnp.finfo(aval.dtype).eps)
         up, down = jnp.asarray(1 + eps, aval.dtype), jnp.asarray(1 - eps, aval.dtype)
         dealt.append(jnp.where(bits >> jnp.uint32(31), up, down).reshape(aval.shape))
@@ -107,7 +108,7 @@ def _is_users_rule(eqn: Any) -> bool:
     if eqn.primitive.name in CUSTOM_JVP:
         info = getattr(_closed(eqn.params["call_jaxpr"]).jaxpr, "debug_info", None)
         _, _, file = str(getattr(info, "func_src_info", "")).partition(" at ")
-        return not file.startswith(str(Path(jax.__file__).parent))
+        return not file.startswith(NO_USERS)
     return eqn.primitive.name in CUSTOM
 
 

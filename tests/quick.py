@@ -23,8 +23,8 @@ def optimised(compiled: Any, *static: str, emitters: bool = False) -> Any:
     options: dict[str, Any] = {}
     if "--xla_backend_optimization_level=0" in os.environ["XLA_FLAGS"]:
         options["xla_backend_optimization_level"] = 1
-        if emitters:
-            options["xla_cpu_use_fusion_emitters"] = True
+    if emitters and "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:
+        options["xla_cpu_use_fusion_emitters"] = True
     return jax.jit(compiled.__wrapped__, static_argnames=static, compiler_options=options)
 
 

@@ -180,6 +180,30 @@ def test_exponentials_of_differences_do_not_feel_their_rounding():
             assert ulps(mine, mpmath.exp(mpf(float(z)) - mpf(float(row.max()))), np.float32) <= 2
 
 
+@pytest.mark.parametrize("level", (0, 3))
+def test_shifted_exponentials_have_a_slope_where_no_z_equals_the_maximum(level):
+    """XLA without optimisation has z twice, once by a fused multiply-add: JAX's own slope of max is 0/0."""
+    x, w, b, y = (np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(SHAPES))
+
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": level})
+    @partial(jax.grad, argnums=2)
+    def slope_in_b(x, w, b, y):
+        e = elementary.shifted_exponentials(x * w + b)[1]
+        return jnp.sum(e / jnp.sum(e, axis=-1, keepdims=True) * y)
+
+    p = np.exp(x * w + b)
+    p /= p.sum(axis=-1, keepdims=True)
+    truth = np.sum(p * (y - np.sum(p * y, axis=-1, keepdims=True)), axis=0, keepdims=True)
+    np.testing.assert_allclose(slope_in_b(x, w, b, y), truth, rtol=1e-12)
+    # The slope of max z alone: 1 at the first of the largest.
+    slope = jax.grad(lambda z: jnp.sum(z - elementary.shifted_exponentials(z)[0], axis=-1).sum() / 3)
+    z = jnp.array([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [-jnp.inf, 0.0, -jnp.inf]])
+    np.testing.assert_array_equal(slope(z), [[0, 1, 0], [1, 0, 0], [0, 1, 0]])
+
+
+SHAPES = (32, 1), (1, 10), (1, 10), (32, 10)
+
+
 def test_matmul_of_16_bits_sums_in_float32():
     """4096 ones: bfloat16 would stop at 256, float16 at 2048."""
     for dtype in ("bfloat16", "float16"):
