@@ -49,6 +49,7 @@ from .progress import progress_bar
 from .resume import RunFolder, fingerprint, terminated
 from .rules import RuleLike, check_rule_like
 from .sharding import Layout
+from .shuffle import shuffle
 from .train import (
     Metric,
     Record,
@@ -57,7 +58,6 @@ from .train import (
     epoch_numbers,
     first_state,
     scan_epoch,
-    shuffle,
     step_with_rows,
     train_epoch,
 )

@@ -52,13 +52,13 @@ from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
 from .runs import Advance, begin, check_early_stopping, follow, skipping
 from .sharding import WHOLE, Layout
+from .shuffle import shuffle
 from .train import (
     Metric,
     Record,
     TrainState,
     held_out_numbers,
     laid_out_step,
-    shuffle,
     step_with_rows,
 )
 

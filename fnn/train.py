@@ -22,6 +22,7 @@ from .arguments import check_batches, check_optimizer
 from .elementary import after, step_in_place, widened
 from .params import _outline, check_key, check_not_narrowed
 from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
+from .shuffle import shuffle
 from .sweep import Sweep, backprop, mean_gradient
 from .sweep import gradient as gradient_of
 
@@ -155,10 +156,9 @@ def scan_epoch(
     batch_size = check_batches("train_epoch", data, batch_size)
     N = len(data[0])
     key, order = shuffle(state.key, N)
-    if layout is not None:
-        order = layout.whole(order)
 
     def step(state, rows):
+        rows = rows if layout is None else layout.whole(rows)
         batch = tuple(a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
         return laid_out_step(step_on, layout, state, batch)
 
@@ -178,12 +178,6 @@ def laid_out_step(
         return step_on(state, *batch)
     state, row = step_on(state, *layout.rows(batch))
     return layout.placed(state.params, state), layout.whole(row)
-
-
-def shuffle(key: Array, N: int) -> tuple[Array, Array]:
-    """The key of the next epoch, and the order of the examples in this one."""
-    key, shuffle_key = jax.random.split(key)
-    return key, jax.random.permutation(shuffle_key, N)
 
 
 def epoch_numbers(

@@ -12,6 +12,7 @@ import pytest
 import fnn
 from experiments import batch_size, digits, noise_scale
 from experiments.noise_scale import MEASURED, QUICK_SIZES, QUICK_TARGETS, Check, N, Parts, Target
+from fnn.shuffle import shuffle
 from tests.quick import optimised, quick_run
 from tests.strategies import drawn
 
@@ -115,8 +116,7 @@ def test_recorded_parts_are_those_of_the_steps_of_fit(standard_promotion):
     assert parts.trace.shape == parts.squared_norm.shape == (2, 25)  # 23 steps of one epoch, 2 of the next
     assert not np.array_equal(parts.trace[0], parts.trace[1])  # another order
     key = jax.random.fold_in(jax.random.key(0), 0)
-    _, shuffle = jax.random.split(fnn.train_state(optax.sgd(1.0), params, key).key)
-    rows = jax.random.permutation(shuffle, N)[:64]
+    rows = shuffle(fnn.train_state(optax.sgd(1.0), params, key).key, N)[1][:64]
     sweep = jax.jit(lambda *args: fnn.noise_scale_parts(fnn.backprop(batch_size.cost, *args)))
     first = sweep(params, data[0][rows], data[1][rows])
     # Float32 sums of 64 squares.

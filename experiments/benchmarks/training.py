@@ -11,7 +11,8 @@ Networks of relu with softmax cross-entropy of class numbers, trained with Adam(
 
     fnn.fit         as it stands in the README, without validation, metrics and bar
     fnn.train_step  the same step, all epochs as one compiled scan: what fit's calls cost is the difference
-    jax.grad        of the same cost in plain JAX with optax: all epochs are one compiled scan
+    jax.grad        of the same cost in plain JAX with optax: all epochs are one compiled scan, with orders by
+                    jax.random.permutation, and once by fnn's shuffle
     Equinox         its documented loop: a step under eqx.filter_jit, batches from a permutation
     Flax NNX        its documented loop: a step under nnx.jit, nnx.Optimizer, batches by NumPy; and the step
                     with nnx.cached_partial, as its guide to performance has it
@@ -74,6 +75,7 @@ import fnn
 from experiments import digits
 from experiments.benchmarks.timing import ratio, rounds_of, seconds
 from fnn.elementary import matmul, times_transposed, transposed
+from fnn.shuffle import shuffle
 from fnn.tables import aligned
 
 
@@ -160,11 +162,14 @@ def by_step(task: Task) -> Training:
     return Training(run, list)
 
 
-def by_grad(task: Task, dtype: Any = jnp.float32, wide_sums: bool = False) -> Training:
+def by_grad(
+    task: Task, dtype: Any = jnp.float32, wide_sums: bool = False, permutation: Any = jax.random.permutation
+) -> Training:
     """All epochs in one compiled call.
 
     dtype: of the factors of the products. The parameters that the optimiser keeps are float32.
     wide_sums: products are asked for in float32, then rounded
+    permutation: (key, N) -> the order of an epoch
     """
     matmul = partial(jnp.matmul, preferred_element_type=jnp.float32 if wide_sums else None)
     start = jax.tree.map(jnp.asarray, task.start)
@@ -187,7 +192,7 @@ def by_grad(task: Task, dtype: Any = jnp.float32, wide_sums: bool = False) -> Tr
     @partial(jax.jit, static_argnames="epochs")
     def train(params, X, y, key, epochs):
         def epoch(carry, key):
-            order = jax.random.permutation(key, len(X)).reshape(-1, task.batch_size)
+            order = permutation(key, len(X)).reshape(-1, task.batch_size)
             return jax.lax.scan(partial(step, X, y), carry, order)
 
         (params, _), costs = jax.lax.scan(
@@ -199,6 +204,10 @@ def by_grad(task: Task, dtype: Any = jnp.float32, wide_sums: bool = False) -> Tr
         return jax.block_until_ready(train(start, X, y, jax.random.key(0), epochs))[0]
 
     return Training(run, list)
+
+
+def fit_order(key: Any, N: int) -> Any:
+    return shuffle(key, N)[1]
 
 
 def by_equinox(task: Task) -> Training:
@@ -379,6 +388,7 @@ ROWS = [
     Row("fnn.fit", "fnn", by_fit, compiled=True),
     Row("fnn.train_step, one scan", "fnn", by_step, compiled=True),
     Row("jax.grad, one scan", "jax", by_grad, compiled=True),
+    Row("jax.grad, one scan, fit's orders", "jax", partial(by_grad, permutation=fit_order), compiled=True),
     Row("Equinox", "equinox", by_equinox),
     Row("Flax NNX", "flax", by_flax),
     Row("Flax NNX, cached_partial", "flax", partial(by_flax, cached=True), sizes="SM"),
