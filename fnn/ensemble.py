@@ -41,7 +41,7 @@ from .progress import progress_bar
 from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
 from .sharding import WHOLE, Layout
-from .train import Metric, TrainState, epoch_numbers, train_epoch, train_state
+from .train import Metric, TrainState, all_finite, epoch_numbers, train_epoch, train_state
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,7 @@ def _chunk(of_member, size, state, first):
 def _member_epoch(cost, optimizer, metrics, batch_size, data, validation, state: TrainState):
     """One member's epoch and numbers. Its parameters become NaN if it diverges, and stay so."""
     state, costs = train_epoch(cost, optimizer, state, data, batch_size)
-    leaves = [costs, *jax.tree.leaves(state.params)]
-    is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    is_finite = all_finite((costs, state.params))
     params = jax.tree.map(lambda a: jnp.where(is_finite, a, jnp.full_like(a, jnp.nan)), state.params)
     numbers = epoch_numbers(cost, metrics, params, costs, data, validation, batch_size)
     return state._replace(params=params), (is_finite, *numbers)

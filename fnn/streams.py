@@ -46,17 +46,18 @@ from .arguments import (
 from .divergence import explain
 from .elementary import partitioned
 from .history import Callback, EarlyStopping, History, Rows
+from .host_loop import Advance, begin, check_early_stopping, follow, skipping
 from .params import check_key
 from .processes import alone, answers, on_host
 from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
-from .runs import Advance, begin, check_early_stopping, follow, skipping
 from .sharding import WHOLE, Layout
 from .shuffle import shuffle
 from .train import (
     Metric,
     Record,
     TrainState,
+    all_finite,
     held_out_numbers,
     laid_out_step,
     step_with_rows,
@@ -515,7 +516,7 @@ def _steps(cost, optimizer, record, layout, skips, state, chunk):
     state, (costs, recorded) = jax.lax.scan(partial(laid_out_step, step, layout), state, chunk)
     if layout is not None:  # in the scan XLA may have found another place
         state = layout.placed(state.params, state)
-    is_finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]).all()
+    is_finite = all_finite(state.params)
     if not skips:
         is_finite &= jnp.isfinite(costs).all()
     return state, costs, recorded, is_finite

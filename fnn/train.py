@@ -53,6 +53,11 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(partial(jnp.array, copy=True), tree)
 
 
+def all_finite(tree: Any) -> Array:
+    """Whether no number of any array is NaN or infinite."""
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def first_state(optimizer: optax.GradientTransformation, params: Any, key: Array) -> TrainState:
     """Likewise without copies: some of its arrays may be the caller's, whose memory is not to be reused."""
     check_optimizer("train_state", optimizer)

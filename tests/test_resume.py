@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnn
-from fnn import resume
+from fnn import resume, runs
 from tests.test_train import ADAM, assert_equal, count_compilations, fit, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -200,6 +200,14 @@ def test_checkpoints_of_another_run_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(**(dict(epochs=4) | options()), checkpoint=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_a_run_begun_with_other_orders_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "KIND", "sorted")
+        fit(**another(), epochs=2, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="another run: shuffle was sorted, and is swap or not"):
+        fit(**another(), epochs=4, checkpoint=tmp_path)
 
 
 def test_not_due_is_not_saved_but_the_end_is(tmp_path, monkeypatch):

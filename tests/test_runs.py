@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnn
-from fnn import runs
+from fnn import host_loop, runs
 from tests.test_train import ADAM, assert_equal, count_compilations, fit, problem
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -192,7 +192,7 @@ def test_divergence_is_the_same_however_long_ago_the_state_was_kept(monkeypatch,
     options: dict[str, Any] = dict(epochs=100, callbacks=[lambda report: None] if watched else [])
     errors = []
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(runs, "KEPT_SECONDS", seconds)
+        monkeypatch.setattr(host_loop, "KEPT_SECONDS", seconds)
         with pytest.raises(fnn.DivergenceError) as error:
             fit(cost, growing, params, (X, 3 * X[:, :2]), **options)
         errors.append(error.value)
