@@ -38,6 +38,13 @@ def test_key_decides_and_every_epoch_has_another_order():
     assert not jnp.array_equal(first, shuffle.shuffle(jax.random.key(1), 30)[1])
 
 
+def test_orders_are_those_of_a_cpu_on_other_devices(monkeypatch):
+    """There the rounds are unrolled."""
+    expected = shuffle.permutation(jax.random.key(0), 100, 60)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(shuffle.permutation(jax.random.key(0), 100, 60), expected)
+
+
 @pytest.mark.parametrize("N", range(2, 7))
 def test_with_perfect_bits_it_is_uniform_to_1e_8(N):
     """The distribution over all N! orders after that many rounds, exactly: a Markov chain."""
