@@ -30,17 +30,17 @@ from `fnn.example_gradients` in float64.
 Expected answer: averaged over a run, within a factor of 2; at the moment when the target is reached, no.
 
     loss to reach   B_crit   examples double at   B_simple, run   B_simple, end
-    0.3                 50                   64        40 to 45       80 to 134
-    0.1                109                  118        56 to 72      170 to 265
-    0.03               102                  172        77 to 93      206 to 416
-    0.01                71                  145       85 to 101      225 to 772
+    0.3                 50                   64              44      102 to 103
+    0.1                109                  118        62 to 74      196 to 241
+    0.03               102                  172        84 to 99      225 to 509
+    0.01                71                  145       92 to 106      177 to 528
 
-(B_simple from runs with batches of 16 and of 64.) The average over a run is 0.52 to 1.4 times B_crit, the
-end's 1.6 to 11 times (with --seed 1: 0.5 to 1.6, and 1.5 to 7): the noise scale rises along a run. The law
+(B_simple from runs with batches of 16 and of 64.) The average over a run is 0.57 to 1.5 times B_crit, the
+end's 1.8 to 7.4 times (--seed 1: 0.6 to 1.5, and 1.5 to 7.6): the noise scale rises along a run. The law
 itself holds within a factor of 1.5. Its bend is too wide: up to B = 16 the best rate is proportional to B and
 no example is wasted, at 128 the steps to 0.03 and 0.01 are 0.75 and 0.70 of the fit, and from 256 on few are
 saved. The estimates from 4000 batches of 32 are the truth within a standard error, B_simple 190.6 for 193.6;
-the mean of the batches' own ratios would be 235.7.
+the mean of the batches' own ratios would be 235.6.
 
 Source: McCandlish et al. (2018), *An Empirical Model of Large-Batch Training*, arXiv:1812.06162, §2 and
 appendices A.1 (the estimate) and C (how it depends on the learning rate).
