@@ -20,9 +20,9 @@ range of the 16 seeds are 88.2 % (86.1 to 91.1), 96.9 % (96.1 to 97.8), 97.6 % (
 (97.2 to 98.3). None of the 1,024 networks diverges; with η = 2 those of 256 neurons still read 96 %, those
 of 4 only 11 %.
 
-The 1,024 networks take 22 to 25 s on two cores, scikit-learn's would take 155 to 203 s (--seed 0 and 1): 8 to
-11, 8 to 11, 7 to 8 and 6 times as long for w = 4, 16, 64 and 256. Its accuracy at the same rates is within 0.6
-points of ours. Times differ from machine to machine.
+The 1,024 networks take 22 to 25 s on two cores, scikit-learn's would take 155 to 203 s (--seed 0 and 1), 8
+to 11, 8 to 11, 7 to 8 and 6 times as long for w = 4, 16, 64 and 256. Its accuracy at the same rates is within
+0.6 points of ours. Times differ from machine to machine.
 
 Sources: Kingma & Ba (2015), Adam; that its best rate falls with the width, Yang & Hu (2021), *Tensor Programs
 IV*, and Yang et al. (2022), *Tensor Programs V*.

@@ -5,7 +5,7 @@ from jaxtyping import Array, UInt32
 
 
 def hashed(numbers: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """A hash of each number; other numbers have others.
+    """A hash of each number; different numbers have different ones.
 
     Source: Appleby's MurmurHash3 (2011), its 32-bit finaliser.
 

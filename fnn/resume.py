@@ -91,7 +91,8 @@ class RunFolder:
             if self.run.get(name) != theirs.get(name):
                 raise CheckpointError(
                     f"fit: the checkpoints in {self.checkpoints.folder} are of another run: {name} was "
-                    f"{theirs.get(name)}, and is {self.run.get(name)}. Use another folder or equal arguments."
+                    f"{theirs.get(name)}, and is {self.run.get(name)}. Use another folder, equal arguments, "
+                    "or the version of fnn that began it."
                 )
         return metadata["epoch"]
 

@@ -41,12 +41,12 @@ from .divergence import explain
 from .elementary import partitioned
 from .history import Callback, EarlyStopping, History, Rows
 from .host_loop import Advance, begin, check_early_stopping, follow, skipping
+from .orders import KIND, shuffle
 from .params import check_key
 from .processes import on_host
 from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
 from .sharding import Layout
-from .shuffle import KIND, shuffle
 from .train import (
     Metric,
     Record,

@@ -47,12 +47,12 @@ from .divergence import explain
 from .elementary import partitioned
 from .history import Callback, EarlyStopping, History, Rows
 from .host_loop import Advance, begin, check_early_stopping, follow, skipping
+from .orders import KIND, shuffle
 from .params import check_key
 from .processes import alone, answers, on_host
 from .resume import fingerprint
 from .rules import RuleLike, check_rule_like
 from .sharding import WHOLE, Layout
-from .shuffle import shuffle
 from .train import (
     Metric,
     Record,
@@ -212,6 +212,7 @@ def fit_batches(
     run = {}
     if checkpoint is not None or layout is not None:
         run = fingerprint(cost, params, None, (), validation, steps_per_epoch=steps_per_epoch)
+        run |= {"shuffle": KIND} if isinstance(batches, Batches) else {}
     options: dict[str, Any] = {
         "epochs": epochs,
         "names": names,

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 
 from .arguments import check_batches, check_optimizer
 from .elementary import after, step_in_place, widened
+from .orders import shuffle
 from .params import _outline, check_key, check_not_narrowed
 from .rules import RuleLike, as_custom_vjp, check_rule_like, is_array, value_and_grad
-from .shuffle import shuffle
 from .sweep import Sweep, backprop, mean_gradient
 from .sweep import gradient as gradient_of
 
@@ -163,7 +163,7 @@ def scan_epoch(
     key, order = shuffle(state.key, N)
 
     def step(state, rows):
-        rows = rows if layout is None else layout.whole(rows)
+        rows = rows if layout is None else layout.whole(rows)  # or XLA splits the order and sends parts of it
         batch = tuple(a.at[rows].get(mode="promise_in_bounds", unique_indices=True) for a in data)
         return laid_out_step(step_on, layout, state, batch)
 

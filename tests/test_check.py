@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -329,11 +330,12 @@ def test_rule_that_f_carries_does_not_excuse_lost_digits():
     assert fnn.check_gradient(f, lambda x: 2 * x, x)
 
 
-def test_users_tangent_rule_is_passed_over_and_jaxs_own_are_not():
-    @jax.custom_jvp
-    def square(x):
-        return x * x
-
+@pytest.mark.parametrize("file", (__file__, str(Path(jax.__file__).parent) + "opt/rules.py"))
+def test_users_tangent_rule_is_passed_over_and_jaxs_own_are_not(file):
+    """A user's too, where the name of the folder only begins like that of JAX."""
+    names: dict[str, Any] = {}
+    exec(compile("def square(x): return x * x", file, "exec"), names)
+    square = jax.custom_jvp(names["square"])
     square.defjvps(lambda x_dot, out, x: x_dot * jnp.where(x == 2, 7.0, 2 * x))
 
     def f(x):
@@ -629,7 +631,6 @@ def test_failing_check_in_pytest_shows_the_report_once(tmp_path):
 
 def _environment():
     import os
-    from pathlib import Path
 
     root = str(Path(package.__file__).parent.parent)
     plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}  # no xdist, nothing slow to import

@@ -12,7 +12,7 @@ import pytest
 import fnn
 from experiments import batch_size, digits, noise_scale
 from experiments.noise_scale import MEASURED, QUICK_SIZES, QUICK_TARGETS, Check, N, Parts, Target
-from fnn.shuffle import shuffle
+from fnn.orders import shuffle
 from tests.quick import optimised, quick_run
 from tests.strategies import drawn
 

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 import fnn
 from experiments.collectives import Collective, collectives
 from fnn import ensemble, runs
+from fnn.orders import shuffle
 from fnn.processes import check_launcher
 from fnn.sharding import Layout
-from fnn.shuffle import shuffle
 from tests.strategies import drawn
 from tests.test_ensemble import assert_equal
 from tests.test_ensemble import fit as fit_ensemble

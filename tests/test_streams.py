@@ -418,6 +418,17 @@ def test_checkpoints_of_other_steps_per_epoch_are_refused(tmp_path):
         fit_batches(batches(), steps_per_epoch=6, checkpoint=tmp_path)
 
 
+def test_a_run_begun_with_other_orders_is_refused(tmp_path, monkeypatch):
+    """Those of `Batches`; of an iterable of the user's nobody knows them."""
+    _, _, data = problem()
+    ours = fnn.Batches(data, key=jax.random.key(0), batch_size=8, epochs=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "KIND", None)  # as before there was one
+        fit_batches(ours, epochs=1, checkpoint=tmp_path)
+    with pytest.raises(fnn.CheckpointError, match=r"another run: shuffle was None, and is swap or not"):
+        fit_batches(ours, epochs=2, checkpoint=tmp_path)
+
+
 # The thread
 
 

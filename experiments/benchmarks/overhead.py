@@ -7,7 +7,7 @@ The trainings S and M of experiments/benchmarks/training.py, with Adam and SGD:
     outside         the part of a run that `fit` spends outside its compiled calls, from its first check of
                     the arguments to the history; both are of one run, so that no noise between two hides it
     fnn.train_step  all epochs of the same step as one compiled scan, its time over that of `fit`
-    jax.grad        the same of the step by autodiff
+    jax.grad        the same of the step by autodiff, with orders as fit makes them
 
 The two scans and `fit` have their turns in rounds, in another order each time. Of the times over fit's
 within a round stands the median, and in brackets where the median of endless rounds lies at 95 %; of the
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.timing import ratio_within, rounds_of, seconds
-from experiments.benchmarks.training import QUICK, RATES, SIZES, by_fit, by_grad, by_step, task_of
+from experiments.benchmarks.training import QUICK, RATES, SIZES, by_fit, by_grad, by_step, fit_order, task_of
 from fnn import runs
 from fnn.tables import aligned
 
@@ -48,10 +48,13 @@ def inside(run: Callable[[], Any]) -> float:
     return sum(spent) / whole
 
 
+by_autodiff = partial(by_grad, permutation=fit_order)
+
+
 def row(name: str, quick: bool, optimizer: str, rounds: int) -> tuple[str, ...]:
     size = (QUICK if quick else SIZES)[name]
     task, epochs = task_of(name, size, optimizer), size.epochs * size.compiled
-    trainings = [partial(make(task).run, epochs) for make in (by_fit, by_step, by_grad)]
+    trainings = [partial(make(task).run, epochs) for make in (by_fit, by_step, by_autodiff)]
     for run in trainings:
         seconds(run)  # compiles
     times = rounds_of(trainings, rounds)

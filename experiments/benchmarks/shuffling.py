@@ -1,9 +1,9 @@
-"""How long does the order of an epoch take: `fnn.shuffle` beside `jax.random.permutation` and NumPy's?
+"""How long does the order of an epoch take, by `fnn.orders`, `jax.random.permutation` and NumPy?
 
     python -m experiments.benchmarks.shuffling      (a minute on two cores; --help lists the flags)
 
 Orders of N examples, one after the other in one compiled call, of as many keys as stand beside N. NumPy's
-generator draws as many in a loop. The last column is the share of a step of batch 32 in an epoch's order.
+generator draws as many in a loop. The last column is an order's time for each step of batch 32 in its epoch.
 
 Times are medians of rounds in which each has its turn, in another order each time. Of the times over fnn's
 stands the ratio of medians, and in brackets the middle half of the ratios within a round. Written to
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.timing import ratio, rounds_of, seconds
-from fnn.shuffle import permutation, rounds
+from fnn.orders import permutation, rounds
 from fnn.tables import aligned
 
 SIZES = {1_408: 300, 60_000: 10, 1_000_000: 1}  # examples -> orders
@@ -50,7 +50,7 @@ def row(N: int, n: int, repeats: int) -> tuple[str, ...]:
     for run in runs:
         seconds(run)  # compiles
     times = rounds_of(runs, repeats) / n
-    each = [f"{1e6 * t:,.3g}" for t in np.median(times, axis=0)]
+    each = [f"{1e6 * t:,.1f}" for t in np.median(times, axis=0)]
     share = f"{1e6 * np.median(times[:, 0]) * BATCH_SIZE / N:.2g}"
     return f"{N:,}", f"{n:,}", *each, ratio(times, 1, 0), ratio(times, 2, 0), share
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds: two rounds of the smallest")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".txt"), help="the table")
     flags = parser.parse_args()
-    head = "N", "orders", "fnn µs", "JAX µs", "NumPy µs", "JAX / fnn", "NumPy / fnn", "fnn µs of a step"
+    head = "N", "orders", "fnn µs", "JAX µs", "NumPy µs", "JAX / fnn", "NumPy / fnn", "fnn µs / step"
     cells: list[tuple[str, ...]] = [head]
     for N, n in list(SIZES.items())[: 1 if flags.quick else None]:
         cells.append(row(N, n, 2 if flags.quick else flags.rounds))

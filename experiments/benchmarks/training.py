@@ -11,8 +11,8 @@ Networks of relu with softmax cross-entropy of class numbers, trained with Adam(
 
     fnn.fit         as it stands in the README, without validation, metrics and bar
     fnn.train_step  the same step, all epochs as one compiled scan: what fit's calls cost is the difference
-    jax.grad        of the same cost in plain JAX with optax: all epochs are one compiled scan, with orders by
-                    jax.random.permutation, and once by fnn's shuffle
+    jax.grad        of the same cost in plain JAX with optax: all epochs are one compiled scan; with orders by
+                    jax.random.permutation, and in a row of its own by what fit makes them with
     Equinox         its documented loop: a step under eqx.filter_jit, batches from a permutation
     Flax NNX        its documented loop: a step under nnx.jit, nnx.Optimizer, batches by NumPy; and the step
                     with nnx.cached_partial, as its guide to performance has it
@@ -75,7 +75,7 @@ import fnn
 from experiments import digits
 from experiments.benchmarks.timing import ratio, rounds_of, seconds
 from fnn.elementary import matmul, times_transposed, transposed
-from fnn.shuffle import shuffle
+from fnn.orders import shuffle
 from fnn.tables import aligned
 
 
