@@ -168,8 +168,9 @@ def check_values(what: str, array: Any) -> None:
                 'Use smaller ones, or jax.config.update("jax_enable_x64", True).'
             )
     check_not_narrowed(f"fit: {what}", dtype)
-    wrong = ~np.isfinite(array)
-    if wrong.any():
+    is_finite = np.isfinite(array)
+    if not is_finite.all():
+        wrong = ~is_finite
         first = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
             f"fit: {what} needs to be finite, got {array[first]} at index {first} "

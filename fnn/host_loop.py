@@ -24,7 +24,8 @@ from .resume import RunFolder, terminated
 from .sharding import Layout
 from .train import TrainState, copied, first_state
 
-SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar
+SECONDS = 0.2  # of epochs in one compiled call: often enough for a bar, and for SIGTERM
+UNSEEN_SECONDS = 5.0  # likewise where neither is asked for; a call allocates its memory anew
 KEPT_SECONDS = 10.0  # until the state is copied anew: often would cost, late a divergence would replay long
 SKIPPED_IN_A_ROW = 10  # steps without a finite gradient after which skipping is no help
 
@@ -160,6 +161,7 @@ def follow(
             folder.save(epoch, int(state.step), tree, history(None).json_lines())
 
     catch = terminated() if folder is not None else nullcontext(lambda: False)
+    pace = SECONDS if progress or folder is not None else UNSEEN_SECONDS
     is_first = jax.process_index() == 0 or not together
     sizes = {"steps": source.steps, "examples": source.examples}
     bar = progress_bar(epochs, names, show=progress and is_first, **sizes)
@@ -189,8 +191,8 @@ def follow(
                 stopped = any([callback(report) is True for callback in callbacks])
                 if early_stopping and best and epoch - best[0] >= early_stopping.patience:
                     stopped = True
-            elif calls:  # the first call compiles
-                in_time = int(SECONDS / max(numbers.seconds[-1], 1e-6))
+            else:  # the first call may have compiled: then its epochs are shorter than they seem
+                in_time = int(pace / max(numbers.seconds[-1], 1e-6))
                 at_once = max(1, min(in_time, 4 * at_once, len(advance.rows.costs)))
             calls += 1
             # What a clock, a signal or a callback says may differ between processes.

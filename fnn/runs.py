@@ -1,11 +1,12 @@
 """A whole run on the host: `fit`.
 
 An epoch and its evaluation are one compiled program, and a loop over epochs around it is compiled with them:
-as many as take about a fifth of a second go by in one call, then the host looks at their numbers. So a small
-network's run is 0.6 per cent longer than its calls (experiments/benchmarks/overhead.py), and a large one
-is looked at after every epoch. The number of epochs in a call is an argument of the program, so that a run of
-any length compiles once, and how epochs are grouped changes no number. A call writes the state where it was;
-the epoch that diverges is found from a copy, made anew after the first call that ends ten seconds later.
+as many as take about a fifth of a second go by in one call, or five seconds without a bar and a checkpoint,
+then the host looks at their numbers. So a small network's run is 0.6 per cent longer than its calls
+(experiments/benchmarks/overhead.py), and a large one is looked at after every epoch or a few. The number of
+epochs in a call is an argument of the program, so that a run of any length compiles once, and how epochs are
+grouped changes no number. A call writes the state where it was; the epoch that diverges is found from a copy,
+made anew after the first call that ends ten seconds later.
 """
 
 import os
