@@ -1,8 +1,8 @@
 r"""The order of the examples in an epoch: `shuffle`, by swapping or not.
 
 `jax.random.permutation` sorts random numbers, and on a CPU XLA's sort takes a third of the epoch of a small
-network. This takes a tenth of the sort's time for 1,408 examples and 3 per cent for 60,000, where NumPy's
-permutation takes 0.7 and 0.9 of ours (experiments/benchmarks/shuffling.py).
+network. This takes a tenth of the sort's time for 1,408 examples and 2 per cent for 60,000 and a million,
+where NumPy's permutation takes 0.7, 1.0 and 2.1 times ours (experiments/benchmarks/shuffling.py).
 
 In a round, K is drawn among 0..N-1. x ↦ K - x mod N makes pairs of the places, and the two examples of a pair
 change places or stay, by a random bit of the pair. Whatever K and the bits are, that permutes. Where one

@@ -1,6 +1,6 @@
 """How many examples per second does training take in, beside other libraries and the machine's peak?
 
-    python -m experiments.benchmarks.training        (about 10 minutes on two cores; --help lists the flags)
+    python -m experiments.benchmarks.training        (25 minutes on two cores; --help lists the flags)
 
 Networks of relu with softmax cross-entropy of class numbers, trained with Adam(1e-3) and SGD(1e-2):
 
@@ -44,15 +44,15 @@ l, as many for its gradient and, but in the first layer, as many for the errors 
 and these, over the time of a step, are divided by the most that one large square product in the row's dtype
 reached in the same rounds, by JAX or PyTorch. Written to training.txt beside the script.
 
-Found, on two cores. At S `fit` is 10 to 46 times as fast as the loops of Equinox, Flax NNX and PyTorch, but
-9.3 times as NNX with cached_partial and SGD, 9.3 to 9.8 times as scikit-learn's, and level with one scan of
-jax.grad's step or of its own: its calls, checks and numbers do not show. At M it has 1.02 (Adam) and 0.97
-(SGD) of the rate of jax.grad's scan, 2.1 to 2.7 times PyTorch's, and 63 to 73 % of the peak. At L it has
-0.96 and 1.00 of the scan's rate, with the checks and the copy of the state at its start; 81 to 82 % of the
-peak; and 2.0 and 2.2 times the rate of PyTorch's best, whose products reach half of XLA's peak on this
-processor. Where both reach the same, the distance is smaller. Products in bfloat16 make `fit` 1.2 to 1.3
-times as fast at M and 1.6 to 1.7 times at L, and jax.grad's scan slower; that is 1.3 times the rate of
-PyTorch's best in bfloat16 at M, and 1.16 (Adam) and 1.08 (SGD) at L.
+Found, on two cores. At S `fit` is 13 to 64 times as fast as the loops of Equinox, Flax NNX and PyTorch, 12
+times as scikit-learn's, and has 1.29 (Adam) and 1.36 (SGD) of the rate of one scan of jax.grad's step with
+jax.random.permutation, whose sort is a third of the time (shuffling.py); of one with the orders of `fit` it
+has 0.96 and 0.99. At M it has 1.04 and 1.00 of the rate of jax.grad's scan, 2.3 to 3.1 times PyTorch's, and
+61 and 71 % of the peak. At L it has 0.98 of the scan's rate, with the checks and the copy of the state at its
+start; 80 to 81 % of the peak; and 2.0 and 2.1 times the rate of PyTorch's best, whose products reach half of
+XLA's peak on this processor. Where both reach the same, the distance is smaller. Products in bfloat16 make
+`fit` 1.3 times as fast at M and 1.8 times at L, and jax.grad's scan slower; that is 1.3 times the rate of
+PyTorch's best in bfloat16 at M, and 1.19 (Adam) and 1.18 (SGD) at L.
 """
 
 import argparse
