@@ -274,11 +274,11 @@ def _chunk_size(params: Any, M: int, members_at_once: Any, where: str) -> int:
 def _default_at_once(params: Any, M: int) -> int:
     """On a CPU 4 networks of at most 10,000 parameters, otherwise 1; on other devices all.
 
-    Measured on two busy cores, the time of an epoch with 4 at once, in times with 1 at once: with batches of
-    32 0.6 to 0.8 for 16 to 256 networks 64-64-10 (4,810 parameters), but 1.1 for 64-128-64-10 (17,226);
-    with batches of 128 0.97 for 784-256-256-10. 8 and more at once are slower than 4, all at once 0.9 to 1.35
-    of 1 (experiments/benchmarks/ensembles.py). Where between 4,810 and 17,226 it turns is a guess, and so is
-    all at once on a device that a product of small matrices leaves idle.
+    Measured on two cores, the time of an epoch with 4 at once, in times with 1 at once: with batches of 32
+    0.82 to 0.84 for 16 to 256 networks 64-64-10 (4,810 parameters), but 1.06 for 64-128-64-10 (17,226); all
+    at once 0.82 to 1.04. For 784-256-256-10 with batches of 128 it was 0.82, and 0.75 with 2 at once, for 4
+    and 2 times the memory (experiments/benchmarks/ensembles.py). Where between 4,810 and 17,226 it turns is a
+    guess, and so is all at once on a device that a product of small matrices leaves idle.
     """
     if jax.default_backend() != "cpu":
         return M
