@@ -305,8 +305,8 @@ def _maximum(Z: Array) -> Array:
     """max z over the last axis, which is kept. Its slope is 1 at the first of the largest z_k.
 
     JAX shares it among the z_k that equal the maximum. Where XLA computes z once rounded and once within a
-    fused multiply-add there may be none, and JAX divides by their number. Softmax does not
-    depend on the shift, so that any choice among the largest is right.
+    fused multiply-add there may be none, and JAX divides by their number. Softmax does not depend on the
+    shift, so that any choice among the largest is right.
     """
     return jnp.max(Z, axis=-1, keepdims=True)
 

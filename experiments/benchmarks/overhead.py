@@ -15,19 +15,16 @@ part outside the median and the middle half of the runs. Written to overhead.txt
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 
-from experiments.benchmarks.timing import ratio_within, rounds_of, seconds
+from experiments.benchmarks.timing import ratio_within, rounds_of, seconds, where
 from experiments.benchmarks.training import QUICK, RATES, SIZES, by_fit, by_grad, by_step, fit_order, task_of
 from fnn import runs
 from fnn.tables import aligned
@@ -73,10 +70,7 @@ def main() -> None:
     rounds = 2 if flags.quick else flags.rounds
     cells = [("", "steps", "outside", "fnn.train_step", "jax.grad")]
     cells += [row(name, flags.quick, optimizer, rounds) for name in "SM" for optimizer in RATES]
-    cores = len(os.sched_getaffinity(0))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
-    where = f"{versions}, {jax.devices()[0].platform}, {cores} core{'s' * (cores > 1)}, {rounds} rounds"
-    text = f"{aligned(cells, '<>>>>')}\n\n{where}\n"
+    text = f"{aligned(cells, '<>>>>')}\n\n{where('jax', 'jaxlib', 'optax')}, {rounds} rounds\n"
     print(text, end="")
     flags.output.write_text(text, encoding="utf-8")
 

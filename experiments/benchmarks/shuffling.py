@@ -11,17 +11,15 @@ shuffling.txt beside the script.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.benchmarks.timing import ratio, rounds_of, seconds
+from experiments.benchmarks.timing import ratio, rounds_of, seconds, where
 from fnn.orders import permutation, rounds
 from fnn.tables import aligned
 
@@ -65,10 +63,7 @@ def main() -> None:
     cells: list[tuple[str, ...]] = [head]
     for N, n in list(SIZES.items())[: 1 if flags.quick else None]:
         cells.append(row(N, n, 2 if flags.quick else flags.rounds))
-    cores = len(os.sched_getaffinity(0))
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "numpy"))
-    where = f"{versions}, {jax.devices()[0].platform}, {cores} core{'s' * (cores > 1)}"
-    text = f"{aligned(cells, '>>>>>>>>')}\n\n{where}\n"
+    text = f"{aligned(cells, '>>>>>>>>')}\n\n{where('jax', 'jaxlib', 'numpy')}\n"
     print(text, end="")
     flags.output.write_text(text, encoding="utf-8")
 

@@ -1,10 +1,13 @@
 """Times of several things in turn, and their ratios, as benchmarks report them."""
 
+import os
 import random
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -41,3 +44,10 @@ def ratio_within(times: np.ndarray, a: int, b: int) -> str:
     n = len(ratios)
     k = max(1, int(n / 2 - 0.98 * n**0.5))
     return f"{np.median(ratios):.3f} ({ratios[k - 1]:.3f}-{ratios[n - k]:.3f})"
+
+
+def where(*distributions: str) -> str:
+    """The versions of these, the kind of device, and the cores."""
+    cores = len(os.sched_getaffinity(0))
+    versions = ", ".join(f"{name} {version(name)}" for name in distributions)
+    return f"{versions}, {jax.devices()[0].platform}, {cores} core{'s' * (cores > 1)}"
